@@ -1,13 +1,13 @@
 """A real ComfyUI on this machine's CPU, with this pack in it: start, ask, stop.
 
-    python tools/comfy_server.py --port 8188                  # what `make comfyui` runs, until Ctrl-C
+    python -m tools.comfy_server --port 8188                  # what `make comfyui` runs, until Ctrl-C
 
     with ComfyServer(folder) as server:                       # what tests and the demo use
         result = server.run(prompt)                           # prompt: graph in API format
         picture = server.view(result.images("9")[0])          # bytes of the PNG that node 9 saved
 
-`folder` becomes ComfyUI's base directory (models, input, output, user, custom_nodes). This repository is linked
-into its custom_nodes, so the server loads the pack the way it does for everybody.
+`folder` becomes ComfyUI's base directory (models, input, output, user, custom_nodes). This repository is
+linked into its custom_nodes, so the server loads the pack the way it does for everybody.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -26,11 +25,19 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import websocket
+
+from tools.comfy_results import (
+    Events,
+    PromptRejectedError,
+    Result,
+    record,
+    rejection_text,
+    result_from_history,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = ROOT / ".venv" / "comfyui"
@@ -44,58 +51,10 @@ PAGE_SETTINGS = {
     "Comfy.Workflow.ShowMissingModelsWarning": True,
     "Comfy.Workflow.ShowMissingNodesWarning": True,
 }
-PREVIEW_EVENT = 1
-
-
-class PromptRejectedError(ValueError):
-    """The server refused a graph before running it; the text holds its reasons, node by node."""
 
 
 class ServerError(RuntimeError):
     """The server did not start, died, or answered with an error."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one prompt: the server's history entry, taken apart."""
-
-    prompt_id: str
-    status: str  # "success" or "error"
-    error: str  # "NodeType (node 3): message"; "" on success
-    interrupted: bool
-    outputs: dict[
-        str, dict[str, Any]
-    ]  # node id -> what the node showed, e.g. {"images": [...], "text": [...]}
-    messages: list[tuple[str, dict[str, Any]]]  # ("execution_start", {...}), ...
-
-    def images(self, node_id: str | None = None) -> list[dict[str, str]]:
-        """Pictures {"filename", "subfolder", "type"} of one node, or of all of them."""
-        nodes = self.outputs.values() if node_id is None else [self.outputs.get(str(node_id), {})]
-        return [image for node in nodes for image in node.get("images", [])]
-
-    @property
-    def executed(self) -> list[str]:
-        """Ids of the nodes that showed something and were not taken from the cache."""
-        cached = {
-            node for event, data in self.messages if event == "execution_cached" for node in data["nodes"]
-        }
-        return [node for node in self.outputs if node not in cached]
-
-
-@dataclass
-class Events:
-    """What the page of one client would receive over its websocket."""
-
-    client_id: str
-    messages: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # {"type": "progress", "data": {...}}, in order
-    previews: list[bytes] = field(default_factory=list)  # encoded pictures, in order
-
-    def of(self, kind: str, prompt_id: str | None = None) -> list[dict[str, Any]]:
-        """Data of all messages of a kind: "progress", "executed", "execution_cached", ..."""
-        data = [message["data"] for message in self.messages if message["type"] == kind]
-        return [entry for entry in data if prompt_id is None or entry.get("prompt_id") == prompt_id]
 
 
 class ComfyServer:
@@ -111,7 +70,7 @@ class ComfyServer:
         environment: dict[str, str] | None = None,
         startup_timeout: float = 240.0,
     ) -> None:
-        """`arguments` are added to ComfyUI's command line, `environment` to ours; port None picks a free one."""
+        """`arguments` go on ComfyUI's command line, `environment` on top of ours; port None: a free one."""
         self.base_dir = Path(base_dir).resolve()
         self.port = port or free_port()
         self.log = Path(log) if log else self.base_dir / "server.log"
@@ -306,7 +265,7 @@ class ComfyServer:
         )
         connection.recv()  # the greeting: from here on the server knows this client
         connection.settimeout(None)
-        thread = threading.Thread(target=_record, args=(connection, events), daemon=True)
+        thread = threading.Thread(target=record, args=(connection, events), daemon=True)
         thread.start()
         try:
             yield events
@@ -314,54 +273,6 @@ class ComfyServer:
         finally:
             connection.shutdown()
             thread.join(timeout=10)
-
-
-def _record(connection: Any, events: Events) -> None:
-    """Read a websocket until it closes."""
-    while True:
-        try:
-            kind, data = connection.recv_data()
-        except (OSError, websocket.WebSocketException):
-            return
-        if kind == websocket.ABNF.OPCODE_TEXT:
-            events.messages.append(json.loads(data))
-        elif kind == websocket.ABNF.OPCODE_BINARY and struct.unpack_from(">I", data)[0] == PREVIEW_EVENT:
-            events.previews.append(data[8:])  # after event and picture type
-        elif kind == websocket.ABNF.OPCODE_CLOSE:
-            return
-
-
-def rejection_text(answer: str) -> str:
-    """Readable text of the server's 400 answer to a prompt."""
-    try:
-        data = json.loads(answer)
-    except json.JSONDecodeError:
-        return answer
-    error = data.get("error", {})
-    lines = [f"{error.get('message', error)} {error.get('details', '')}".strip()]
-    for node_id, node in data.get("node_errors", {}).items():
-        for problem in node["errors"]:
-            lines.append(f"{node['class_type']} (node {node_id}): {problem['message']}: {problem['details']}")
-    return "\n".join(lines)
-
-
-def result_from_history(prompt_id: str, entry: dict[str, Any]) -> Result:
-    """Take one entry of the server's history apart."""
-    messages = [(event, data) for event, data in entry["status"]["messages"]]
-    problems = [
-        f"{data['node_type']} (node {data['node_id']}): {data['exception_message'].strip()}"
-        for event, data in messages
-        if event == "execution_error"
-    ]
-    interrupted = any(event == "execution_interrupted" for event, _ in messages)
-    return Result(
-        prompt_id=prompt_id,
-        status=entry["status"]["status_str"],
-        error="\n".join(problems) or ("interrupted" if interrupted else ""),
-        interrupted=interrupted,
-        outputs=entry["outputs"],
-        messages=messages,
-    )
 
 
 def prepare_base_dir(base_dir: Path) -> None:

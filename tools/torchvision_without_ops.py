@@ -1,10 +1,10 @@
 """Let `import torchvision` succeed on a torch build its C++ operators do not load into.
 
 torchvision's wheel from the package index is built for the CUDA torch. Beside a CPU torch its operators are
-missing, and its import ends in `RuntimeError: operator torchvision::nms does not exist`, which takes ComfyUI and
-diffusers with it although neither needs those operators here. tools/setup_env.py puts this module into .venv
-together with a .pth file that calls `install()` when Python starts. Nothing happens until somebody imports
-torchvision; during that import, fake kernels for operators that do not exist are skipped instead of failing.
+missing, and its import ends in `RuntimeError: operator torchvision::nms does not exist`, which takes ComfyUI
+and diffusers with it although neither needs those operators here. tools/setup_env.py puts this module into
+.venv together with a .pth file that calls `install()` when Python starts. Nothing happens until somebody
+imports torchvision; during that import, fake kernels of operators that do not exist are skipped.
 """
 
 import sys
