@@ -1,0 +1,250 @@
+"""The only place where ComfyUI's objects become the tensors that drm knows.
+
+    LATENT        samples, x / (1 - sigma) in VAE space  ->  x = (1 - sigma) * process_in(samples)
+    CONDITIONING  [[embeds (b, T, D), options], ...]     ->  embeds (B, T, D), pooled (B, P)
+    MODEL, DRM    ModelPatchers                          ->  callables, kept in memory together
+
+Every check a user may fail is made here, before any sampling, in a sentence that names what to change.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.latent_formats
+import comfy.ldm.common_dit
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LATENT_FORMAT = comfy.latent_formats.SD3()
+# SD3's timestep shift; where no model is at hand it turns prompt ranges into sigmas.
+SD3_SHIFT = 3.0
+
+
+def load_drm_patcher(kind: str, name: str, dtype: str) -> comfy.model_patcher.ModelPatcher:
+    """A DRM file as a ModelPatcher around drm.model.DRM. Raises ValueError for a file that is no DRM."""
+    from ..drm.checkpoint import load_drm
+
+    path = folder_paths.get_full_path_or_raise(kind, name)
+    device = mm.get_torch_device()
+    try:
+        module = load_drm(path, device="cpu", dtype=DTYPES.get(dtype) or _fast_dtype(device))
+    except ValueError as error:
+        raise ValueError(f"DRM Loader: {error}") from error
+    module.requires_grad_(False).eval()
+    return patcher_class()(module, load_device=device, offload_device=mm.unet_offload_device())
+
+
+def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
+    """Newer ComfyUI replaces its patcher class at run time, so it is looked up at every use."""
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if mm.is_device_cpu(device):
+        return torch.float32
+    if mm.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
+
+
+def latent_tensor(latent: dict, what: str = "the LATENT") -> Tensor:
+    """The samples (B, C, H, W) of a LATENT, in VAE space, after the checks every node makes."""
+    samples = latent["samples"]
+    if samples.is_nested or samples.ndim != 4:
+        shape = "several tensors" if samples.is_nested else tuple(samples.shape)
+        raise ValueError(
+            f"{what} is {shape}: a DRM scores pictures, give it a LATENT of shape (batch, channels, H, W)"
+        )
+    if samples.numel() == 0:
+        raise ValueError(
+            f"{what} is empty, its shape is {tuple(samples.shape)}: give it at least one picture"
+        )
+    if not bool(torch.isfinite(samples).all()):
+        raise ValueError(
+            f"{what} holds NaN or infinity: look at the node that made it (a broken VAE or model)"
+        )
+    return samples
+
+
+def stream_ids(latent: dict) -> list[int]:
+    """The number of each item's noise stream: its batch_index, so that part of a batch can be redone."""
+    return [int(i) for i in latent.get("batch_index", range(len(latent["samples"])))]
+
+
+def model_latents(samples: Tensor, leftover_sigma: float | None = None) -> Tensor:
+    """VAE-space samples in model space, float32; with leftover noise, x at the sigma it was left at."""
+    x = LATENT_FORMAT.process_in(samples.float())
+    return x if leftover_sigma is None else (1 - leftover_sigma) * x
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One entry of a CONDITIONING: embeds (b, T, D), pooled (b, P), and where it holds."""
+
+    embeds: Tensor
+    pooled: Tensor
+    sigma_start: float
+    sigma_end: float
+    whole_picture: bool
+
+    def holds_at(self, sigma: float) -> bool:
+        return self.sigma_end <= sigma <= self.sigma_start
+
+
+class ScoringPrompts:
+    """The positive prompt the DRM reads, which may change with sigma.
+
+    Of the entries whose timestep range holds the sigma, the first that covers the whole picture is taken,
+    else the first. Entries combined with it steer the policy but are not scored.
+    """
+
+    def __init__(self, positive: list, percent_to_sigma: Callable[[float], float]) -> None:
+        if not positive:
+            raise ValueError("the positive CONDITIONING is empty: connect a CLIP Text Encode")
+        self.prompts = [_read_prompt(embeds, options, percent_to_sigma) for embeds, options in positive]
+
+    def at(self, sigma: float, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Embeds (batch, T, D) and pooled (batch, P); fewer prompts than items repeat, as in ComfyUI."""
+        holding = [prompt for prompt in self.prompts if prompt.holds_at(sigma)] or self.prompts
+        prompt = next((prompt for prompt in holding if prompt.whole_picture), holding[0])
+        return tuple(
+            comfy.utils.repeat_to_batch_size(tensor, batch).to(device)
+            for tensor in (prompt.embeds, prompt.pooled)
+        )
+
+
+def _read_prompt(embeds: Tensor, options: dict, percent_to_sigma: Callable[[float], float]) -> _Prompt:
+    pooled = options.get("pooled_output")
+    if pooled is None:
+        raise ValueError(
+            "the positive CONDITIONING has no pooled output, which SD3-family models and their DRM read:"
+            " make it with the text encoder that belongs to the model"
+        )
+    starts = [options[key] for key in ("start_percent", "clip_start_percent") if key in options]
+    ends = [options[key] for key in ("end_percent", "clip_end_percent") if key in options]
+    return _Prompt(
+        embeds=embeds,
+        pooled=pooled,
+        sigma_start=float(percent_to_sigma(max(starts))) if starts else math.inf,
+        sigma_end=float(percent_to_sigma(min(ends))) if ends else -math.inf,
+        whole_picture="area" not in options and "mask" not in options,
+    )
+
+
+def sd3_percent_to_sigma(percent: float) -> float:
+    """What ComfyUI's SD3 sampling makes of a percentage of the run."""
+    from ..drm.flow import shift_sigmas
+
+    return float(shift_sigmas(torch.tensor(min(max(1.0 - percent, 0.0), 1.0)), SD3_SHIFT))
+
+
+class Scorer:
+    """score(candidates (n, C, H, W), sigma, item_index (n,)) -> (n,): the DRM, with each item's own prompt.
+
+    The DRM must be in memory already. When a call runs out of memory its candidates are split in two, and
+    later calls stay that small.
+    """
+
+    def __init__(
+        self, patcher: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, batch: int
+    ) -> None:
+        self.patcher, self.prompts, self.batch = patcher, prompts, batch
+        self.largest = None
+
+    def __call__(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
+        size = min(len(candidates), self.largest or len(candidates))
+        try:
+            pairs = zip(candidates.split(size), item_index.split(size), strict=True)
+            return torch.cat([self._score(x, sigma, items) for x, items in pairs])
+        except Exception as error:
+            if size == 1 or not _is_out_of_memory(error):
+                raise
+        mm.soft_empty_cache()
+        self.largest = (size + 1) // 2
+        return self(candidates, sigma, item_index)
+
+    def _score(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        device = self.patcher.load_device
+        embeds, pooled = self.prompts.at(sigma, self.batch, device)
+        item_index = item_index.to(device)
+        # ComfyUI's network pads odd sizes like this.
+        latents = comfy.ldm.common_dit.pad_to_patch_size(candidates.to(device), (2, 2))
+        scores = self.patcher.model.score(latents, sigma, embeds[item_index], pooled[item_index])
+        return scores.to(candidates.device)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    is_oom = getattr(mm, "is_oom", None)
+    return is_oom(error) if is_oom is not None else isinstance(error, mm.OOM_EXCEPTION)
+
+
+def check_drm_fits(drm: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, samples: Tensor) -> None:
+    """Raises ValueError when the DRM was made for other latents or another text encoder."""
+    model = drm.model
+    if samples.shape[1] != model.in_channels:
+        raise ValueError(
+            f"the DRM scores latents of {model.in_channels} channels and this LATENT has {samples.shape[1]}:"
+            " choose a DRM made for this model family in DRM Loader"
+            f"{', or an EmptySD3LatentImage' if samples.shape[1] == 4 else ''}"
+        )
+    for prompt in prompts.prompts:
+        widths = prompt.embeds.shape[-1], prompt.pooled.shape[-1]
+        if widths != (model.prompt_dim, model.pooled_dim):
+            raise ValueError(
+                f"the DRM reads prompts of width {model.prompt_dim} (pooled {model.pooled_dim}) and this"
+                " CONDITIONING"
+                f" has {widths[0]} (pooled {widths[1]}): choose the DRM made for this text encoder in DRM"
+                " Loader,"
+                " or load the text encoder that belongs to the model"
+            )
+
+
+def check_policy(model: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, samples: Tensor) -> None:
+    """Raises ValueError when the MODEL cannot be sampled step-wise with these prompts at this size."""
+    latent_format = model.get_model_object("latent_format")
+    sampling = model.get_model_object("model_sampling")
+    if not (
+        isinstance(sampling, comfy.model_sampling.CONST) and isinstance(latent_format, type(LATENT_FORMAT))
+    ):
+        raise ValueError(
+            f"the MODEL ({model.model.__class__.__name__}, {latent_format.latent_channels} latent channels)"
+            " is not of"
+            " the SD3 family: step-wise sampling works with SD3, SD3.5 and models of their kind, load one of"
+            " them"
+        )
+    network = getattr(model.model, "diffusion_model", None)
+    width = getattr(getattr(network, "context_embedder", None), "in_features", None)
+    for prompt in prompts.prompts:
+        if width is not None and prompt.embeds.shape[-1] != width:
+            raise ValueError(
+                f"the MODEL reads prompts of width {width} and this CONDITIONING has"
+                f" {prompt.embeds.shape[-1]}:"
+                " load the text encoder that belongs to the model"
+            )
+    limit = getattr(network, "pos_embed_max_size", None)
+    if limit is not None and max(samples.shape[-2:]) > 2 * limit:
+        height, width = (8 * size for size in samples.shape[-2:])
+        raise ValueError(
+            f"the LATENT is {width}x{height} pixels and the MODEL draws at most {16 * limit}x{16 * limit}:"
+            " make it smaller"
+        )
+
+
+def load_beside(guider: object, drm: comfy.model_patcher.ModelPatcher) -> None:
+    """Brings the DRM into memory before the first step, with everything the guider is using kept there."""
+    in_use = [guider.model_patcher, *guider.loaded_models]
+    if not any(drm.is_clone(patcher) for patcher in in_use):
+        mm.load_models_gpu([*in_use, drm])
+
+
+def load_alone(drm: comfy.model_patcher.ModelPatcher) -> None:
+    """Brings the DRM into memory outside of sampling."""
+    mm.load_models_gpu([drm])

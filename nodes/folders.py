@@ -1,0 +1,43 @@
+"""Where the pack's files are found: models/drm of ComfyUI and of this pack, and the shipped demo models.
+
+`extra_model_paths.yaml` may add more folders under the key `drm`, as for any other kind of model.
+"""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+def register() -> None:
+    """Adds the folders; the shipped checkpoint and text encoder then show up in ComfyUI's own loaders too."""
+    folder_paths.add_model_folder_path("drm", os.path.join(folder_paths.models_dir, "drm"))
+    for kind in ("drm", "checkpoints", "text_encoders"):
+        folder_paths.add_model_folder_path(kind, str(PACK_MODELS / kind))
+
+
+def safetensors_files(kind: str) -> list[str]:
+    """Names of the .safetensors files of a kind; other files there are of no use to this pack."""
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(".safetensors")]
+
+
+def file_fingerprint(kind: str, name: str) -> str:
+    """Changes when the file changes, and is found without opening it."""
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        return "missing"
+    status = os.stat(path)
+    return f"{path}:{status.st_mtime_ns}:{status.st_size}"
+
+
+def missing_file_message(kind: str, name: str) -> str | None:
+    """One sentence for a file that is not there, or None when it is."""
+    if folder_paths.get_full_path(kind, name) is not None:
+        return None
+    there = ", ".join(safetensors_files(kind)) or "none yet"
+    return (
+        f"there is no file '{name}' in models/{kind}: put it there and press R to refresh, or choose another"
+        f" (found: {there})"
+    )

@@ -1,0 +1,54 @@
+"""DRM Loader: a file of models/drm becomes a DRM that ComfyUI's memory manager moves and offloads."""
+
+from comfy_api.latest import io
+
+from . import adapters, folders
+
+DRMModel = io.Custom("DRM_MODEL")
+KIND = "drm"
+
+
+class DRMLoader(io.ComfyNode):
+    """Loads a diffusion reward model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DRMLoader",
+            display_name="DRM Loader",
+            category="DRM",
+            description="Loads a diffusion reward model (DRM), which scores noisy latents against a prompt.",
+            inputs=[
+                io.Combo.Input(
+                    "drm_name",
+                    options=folders.safetensors_files(KIND),
+                    tooltip="A .safetensors file of models/drm. It must be made for the model you sample "
+                    "with: same "
+                    "latent channels, same text encoders.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", *adapters.DTYPES],
+                    default="auto",
+                    tooltip="Number format of the weights. auto: bfloat16 where the GPU is fast at it, else "
+                    "float16, "
+                    "and float32 on a CPU. The scoring head always computes in float32.",
+                ),
+            ],
+            outputs=[DRMModel.Output("drm", display_name="DRM", tooltip="The reward model.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, drm_name: str) -> bool | str:
+        return folders.missing_file_message(KIND, drm_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, drm_name: str, dtype: str) -> str:
+        return folders.file_fingerprint(KIND, drm_name)
+
+    @classmethod
+    def execute(cls, drm_name: str, dtype: str) -> io.NodeOutput:
+        message = folders.missing_file_message(KIND, drm_name)
+        if message:
+            raise FileNotFoundError(f"DRM Loader: {message}.")
+        return io.NodeOutput(adapters.load_drm_patcher(KIND, drm_name, dtype))

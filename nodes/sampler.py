@@ -1,0 +1,421 @@
+"""Step-wise KSampler and Step-wise Sampler: ComfyUI's sampling, with `drm.stepwise` as the loop over steps.
+
+The policy is only ever called through ComfyUI's own wrapper, so CFG, LoRA, ControlNet, areas and hooks apply.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from . import adapters, trace_metadata
+from .loader import DRMModel
+from .traces import DRMTrace, TraceLog, trace_to_dict
+
+KINDS = ["sde", "cps"]
+MAX_BRANCHES = 1024
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def branching_inputs() -> list[io.Input]:
+    """The inputs both nodes share."""
+    return [
+        io.Int.Input(
+            "num_branches",
+            default=4,
+            min=1,
+            max=MAX_BRANCHES,
+            tooltip="Candidates drawn and scored at every step (k in the paper); the best one continues. "
+            "Each costs "
+            "one pass of the DRM. 1 scores nothing.",
+        ),
+        io.Float.Input(
+            "noise_level",
+            default=0.7,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="How far the candidates differ. 0.7 is usual; cps takes at most 1. With 1 branch, 0 is "
+            "plain Euler.",
+        ),
+        io.Combo.Input(
+            "kind",
+            options=KINDS,
+            default="sde",
+            tooltip="sde: the stochastic step of Flow-GRPO. cps: coefficient-preserving, leaves no residual "
+            "noise and "
+            "draws smoother pictures.",
+        ),
+        io.Float.Input(
+            "branch_start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Branching begins after this part of the steps. Steps before it are plain Euler steps.",
+        ),
+        io.Float.Input(
+            "branch_end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Branching ends after this part of the steps. Steps after it are plain Euler steps, and "
+            "cost no "
+            "scoring; the last step never branches.",
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branching:
+    """What the shared inputs say; names as in drm.stepwise."""
+
+    num_branches: int
+    noise_level: float
+    kind: str
+    start: float
+    end: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        # A linked value escapes the limits of the widget.
+        if not 1 <= self.num_branches <= MAX_BRANCHES:
+            raise ValueError(
+                f"num_branches is {self.num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"
+            )
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"branch_start is {self.start} and branch_end {self.end}: wanted 0 <= branch_start <="
+                " branch_end <= 1"
+            )
+
+
+def kept_region(
+    model: comfy.samplers.KSamplerX0Inpaint, x: Tensor, sigmas: Tensor, extra_args: dict
+) -> Callable | None:
+    """(x, sigma) -> x with the masked-off region put back on the path Euler takes there; None without a mask.
+
+    There the denoised latent is always the input latent, so the path is known beforehand. Walking it with
+    Euler's own arithmetic leaves that region bit for bit as stock KSampler leaves it.
+    """
+    mask = extra_args.get("denoise_mask")
+    if mask is None:
+        return None
+    mask_function = extra_args.get("model_options", {}).get("denoise_mask_function")
+    kept, path = x, {}
+    for sigma, sigma_next in pairwise(sigmas):
+        velocity = (kept - model.latent_image) / sigma.expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        kept = kept + velocity * (sigma_next - sigma)
+        path[float(sigma_next)] = kept
+
+    def reimpose(candidate: Tensor, sigma: Tensor) -> Tensor:
+        drawn = mask
+        if mask_function is not None and sigma > 0:
+            options = {"model": model.inner_model, "sigmas": model.sigmas}
+            drawn = mask_function(sigma.expand(len(candidate)), mask, extra_options=options)
+        blended = candidate * drawn + path[float(sigma)] * (1 - drawn)
+        return torch.where(drawn == 0, path[float(sigma)], torch.where(drawn == 1, candidate, blended))
+
+    return reimpose
+
+
+def sample_with_drm(
+    model: comfy.samplers.KSamplerX0Inpaint,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict | None = None,
+    callback: Callable | None = None,
+    disable: bool | None = None,
+    *,
+    drm: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    branching: Branching,
+    on_trace: Callable,
+    item_ids: list[int] | None = None,
+) -> Tensor:
+    """A k-diffusion style sampler function around drm.stepwise.sample_stepwise.
+
+    on_trace(trace, samples): called at the end, with the samples (B, C, H, W) as the LATENT will hold them.
+    """
+    from ..drm.stepwise import sample_stepwise
+
+    extra_args = extra_args or {}
+    guider = model.inner_model
+    base = guider.inner_model
+    prompts = adapters.ScoringPrompts(positive, base.model_sampling.percent_to_sigma)
+    adapters.check_policy(guider.model_patcher, prompts, x)
+    adapters.check_drm_fits(drm, prompts, x)
+    adapters.load_beside(guider, drm)
+    # Without injected noise nothing strays, and soft masks then act exactly as in stock KSampler.
+    reimpose = kept_region(model, x, sigmas, extra_args) if branching.noise_level > 0 else None
+
+    def report(step: dict) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        if callback is not None:
+            sigma = step["sigma"]
+            callback(
+                {
+                    "x": step["x"],
+                    "i": step["step"],
+                    "sigma": sigma,
+                    "sigma_hat": sigma,
+                    "denoised": step["denoised"],
+                }
+            )
+
+    latents, trace = sample_stepwise(
+        lambda x, sigma: model(x, sigma * x.new_ones([x.shape[0]]), **extra_args),
+        adapters.Scorer(drm, prompts, len(x)),
+        x,
+        sigmas,
+        num_branches=branching.num_branches,
+        noise_level=branching.noise_level,
+        kind=branching.kind,
+        seed=branching.seed,
+        start=branching.start,
+        end=branching.end,
+        item_ids=item_ids,
+        noise_scale=float(getattr(base.model_sampling, "noise_scale", 1.0)),
+        reimpose=reimpose,
+        callback=report,
+        interrupt=mm.throw_exception_if_processing_interrupted,
+    )
+    trace_metadata.record(trace_to_dict(trace))
+    final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
+    on_trace(trace, base.process_latent_out(final.to(torch.float32)))
+    return latents
+
+
+class StepwiseKSampler(io.ComfyNode):
+    """KSampler with Step-wise Sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StepwiseKSampler",
+            display_name="Step-wise KSampler",
+            category="DRM",
+            description="KSampler (euler) that draws several candidates at every step and continues with the "
+            "one the "
+            "DRM scores best. The trace is also saved in the metadata of the pictures, as drm_trace.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with, of the SD3 family."),
+                DRMModel.Input(
+                    "drm", display_name="DRM", tooltip="The reward model that chooses, from DRM Loader."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Seed of the starting noise, the same noise as KSampler's, and of the "
+                    "candidates' noise.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=4.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance: how closely the picture follows the prompt. The DRM "
+                    "itself "
+                    "reads the positive prompt only.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.SCHEDULER_NAMES,
+                    default="simple",
+                    tooltip="How noise is removed over the steps. SD3-family models like simple or "
+                    "sgm_uniform.",
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="What to draw; the DRM scores against this prompt."
+                ),
+                io.Conditioning.Input("negative", tooltip="What to leave out."),
+                io.Latent.Input(
+                    "latent_image", tooltip="The latent to denoise; masks and batches work as in KSampler."
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Less than 1 keeps the structure of the input latent (image to image).",
+                ),
+                *branching_inputs(),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent."),
+                DRMTrace.Output(
+                    "trace", display_name="TRACE", tooltip="Every step's sigma, scores and winner."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: comfy.model_patcher.ModelPatcher,
+        drm: comfy.model_patcher.ModelPatcher,
+        seed: int,
+        steps: int,
+        cfg: float,
+        scheduler: str,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        denoise: float,
+        num_branches: int,
+        noise_level: float,
+        kind: str,
+        branch_start: float,
+        branch_end: float,
+    ) -> io.NodeOutput:
+        branching = Branching(
+            num_branches=num_branches,
+            noise_level=noise_level,
+            kind=kind,
+            start=branch_start,
+            end=branch_end,
+            seed=seed,
+        )
+        samples = comfy.sample.fix_empty_latent_channels(
+            model, adapters.latent_tensor(latent_image, "latent_image")
+        )
+        prompts = adapters.ScoringPrompts(positive, model.get_model_object("model_sampling").percent_to_sigma)
+        adapters.check_policy(model, prompts, samples)
+        adapters.check_drm_fits(drm, prompts, samples)
+        sigmas = comfy.samplers.KSampler(
+            model, steps, model.load_device, "euler", scheduler, denoise, model.model_options
+        ).sigmas
+
+        traces = []
+        item_ids = adapters.stream_ids(latent_image)
+        sampler = comfy.samplers.KSAMPLER(
+            sample_with_drm,
+            {
+                "drm": drm,
+                "positive": positive,
+                "branching": branching,
+                "on_trace": lambda trace, _: traces.append(trace),
+                "item_ids": item_ids,
+            },
+        )
+        both = model.clone()
+        both.set_additional_models("drm", [drm])
+        out = latent_image.copy()
+        out["samples"] = comfy.sample.sample_custom(
+            both,
+            comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index")),
+            cfg,
+            sampler,
+            sigmas,
+            positive,
+            negative,
+            samples,
+            noise_mask=latent_image.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        return io.NodeOutput(out, traces[0] if traces else empty_trace(branching, item_ids))
+
+
+def empty_trace(branching: Branching, item_ids: list[int]) -> object:
+    """The trace of a run without steps, which denoise 0 makes."""
+    from ..drm.stepwise import Trace
+
+    return Trace(
+        num_branches=branching.num_branches,
+        noise_level=branching.noise_level,
+        kind=branching.kind,
+        seed=branching.seed,
+        start=branching.start,
+        end=branching.end,
+        noise_scale=1.0,
+        item_ids=item_ids,
+    )
+
+
+class StepwiseSampler(io.ComfyNode):
+    """Step-wise Sampling as a SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StepwiseSampler",
+            display_name="Step-wise Sampler",
+            category="DRM",
+            description="Step-wise Sampling as a SAMPLER for SamplerCustomAdvanced. To plot its trace, "
+            "connect the "
+            "TRACE and the sampled LATENT to DRM Trace Plot.",
+            inputs=[
+                DRMModel.Input(
+                    "drm", display_name="DRM", tooltip="The reward model that chooses, from DRM Loader."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt the DRM scores against; the guider's positive prompt as a rule.",
+                ),
+                *branching_inputs(),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Seed of the candidates' noise. The starting noise comes from the NOISE of the "
+                    "sampling "
+                    "node; with the same seed there, the picture is that of Step-wise KSampler.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output("sampler", display_name="SAMPLER", tooltip="For SamplerCustomAdvanced."),
+                DRMTrace.Output(
+                    "trace",
+                    display_name="TRACE",
+                    tooltip="The traces of what this sampler draws; DRM Trace Plot finds the right one by "
+                    "the LATENT.",
+                ),
+            ],
+            # Two equal nodes must not share one log of traces.
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        drm: comfy.model_patcher.ModelPatcher,
+        positive: list,
+        num_branches: int,
+        noise_level: float,
+        kind: str,
+        branch_start: float,
+        branch_end: float,
+        seed: int,
+    ) -> io.NodeOutput:
+        branching = Branching(
+            num_branches=num_branches,
+            noise_level=noise_level,
+            kind=kind,
+            start=branch_start,
+            end=branch_end,
+            seed=seed,
+        )
+        log = TraceLog()
+        options = {"drm": drm, "positive": positive, "branching": branching, "on_trace": log.add}
+        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_with_drm, options), log)

@@ -1,0 +1,145 @@
+"""A trace as a picture, drawn with Pillow alone, which ComfyUI brings along.
+
+One dot a candidate, steps from left to right, sigma_next below; the winners joined by a line. Steps that did
+not branch leave a gap. Drawn at twice the size and scaled down, which smooths edges and letters.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from ..drm.stepwise import Trace
+
+RAW, RELATIVE = "as given", "above the step's mean"
+OVERSAMPLE = 2
+PAPER, INK, GRID, CANDIDATE, CHOSEN = "#ffffff", "#333333", "#e4e4e4", "#9db4cc", "#d1495b"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The plot's rectangle in pixels, and the ranges it stands for."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    steps: int
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return self.left + (step + 0.5) / self.steps * (self.right - self.left)
+
+    def y(self, score: float) -> float:
+        return self.bottom - (score - self.low) / (self.high - self.low) * (self.bottom - self.top)
+
+
+def item_scores(trace: "Trace", item: int, relative: bool) -> list[list[float] | None]:
+    """Every step's candidate scores of one batch item, None where the step did not branch."""
+    batch = len(trace.item_ids)
+    if not 0 <= item < batch:
+        raise ValueError(
+            f"item is {item}: the trace holds {batch} picture(s), give a number from 0 to {batch - 1}"
+        )
+    rows = [None if step.scores is None else step.scores[item] for step in trace.steps]
+    if not relative:
+        return rows
+    return [None if row is None else [score - sum(row) / len(row) for score in row] for row in rows]
+
+
+def draw_trace(
+    trace: "Trace", item: int = 0, relative: bool = False, size: tuple[int, int] = (768, 432)
+) -> Image.Image:
+    """The plot of one batch item, an RGB picture of `size` (width, height)."""
+    rows = item_scores(trace, item, relative)
+    width, height = (OVERSAMPLE * length for length in size)
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    unit = min(width / 768, height / 432)
+    font = ImageFont.load_default(size=11.5 * unit)
+    draw.text((16 * unit, 12 * unit), _title(trace, item, relative), INK, font=font)
+    flat = [score for row in rows if row is not None for score in row]
+    if not flat:
+        message = "No step branched: there are no scores to plot."
+        draw.text((width / 2, height / 2), message, INK, font=font, anchor="mm")
+        return picture.resize(size, Image.Resampling.LANCZOS)
+    margin = 0.08 * (max(flat) - min(flat)) or 0.5
+    axes = Axes(
+        left=64 * unit,
+        top=40 * unit,
+        right=width - 20 * unit,
+        bottom=height - 52 * unit,
+        steps=len(rows),
+        low=min(flat) - margin,
+        high=max(flat) + margin,
+    )
+    _draw_grid(draw, axes, trace, unit, font)
+    _draw_scores(draw, axes, rows, [step.winner[item] for step in trace.steps], unit)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _title(trace: "Trace", item: int, relative: bool) -> str:
+    what = "DRM score above the step's mean" if relative else "DRM score"
+    return (
+        f"{what} of each candidate   |   picture {trace.item_ids[item]}, seed {trace.seed},"
+        f" {trace.num_branches} branches,"
+        f" {trace.kind} {trace.noise_level:g}"
+    )
+
+
+def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers within [low, high]."""
+    raw = (high - low) / wanted
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _draw_grid(
+    draw: ImageDraw.ImageDraw, axes: Axes, trace: "Trace", unit: float, font: ImageFont.FreeTypeFont
+) -> None:
+    for value in _ticks(axes.low, axes.high):
+        y = axes.y(value)
+        draw.line([(axes.left, y), (axes.right, y)], GRID, width=round(unit))
+        draw.text((axes.left - 8 * unit, y), f"{value:.4g}", INK, font=font, anchor="rm")
+    every = math.ceil(axes.steps / max(1, (axes.right - axes.left) / (46 * unit)))
+    for i, step in enumerate(trace.steps):
+        if i % every == 0:
+            draw.text((axes.x(i), axes.bottom + 8 * unit), str(i + 1), INK, font=font, anchor="mt")
+            draw.text(
+                (axes.x(i), axes.bottom + 23 * unit),
+                f"{step.sigma_next:.2f}",
+                "#8a8a8a",
+                font=font,
+                anchor="mt",
+            )
+    draw.text((axes.left - 8 * unit, axes.bottom + 8 * unit), "step", INK, font=font, anchor="rt")
+    draw.text((axes.left - 8 * unit, axes.bottom + 23 * unit), "sigma", "#8a8a8a", font=font, anchor="rt")
+    draw.line(
+        [(axes.left, axes.top), (axes.left, axes.bottom), (axes.right, axes.bottom)], INK, width=round(unit)
+    )
+
+
+def _draw_scores(
+    draw: ImageDraw.ImageDraw, axes: Axes, rows: list[list[float] | None], winners: list[int], unit: float
+) -> None:
+    def dot(x: float, y: float, radius: float, colour: str) -> None:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+
+    path: list[tuple[float, float]] = []
+    for i, row in enumerate(rows):
+        if row is None:
+            path = []
+            continue
+        for score in row:
+            dot(axes.x(i), axes.y(score), 3.5 * unit, CANDIDATE)
+        point = axes.x(i), axes.y(row[winners[i]])
+        if path:
+            draw.line([path[-1], point], CHOSEN, width=round(2 * unit))
+        path.append(point)
+    for i, row in enumerate(rows):
+        if row is not None:
+            dot(axes.x(i), axes.y(row[winners[i]]), 4.5 * unit, CHOSEN)
