@@ -271,8 +271,9 @@ class ComfyServer:
             yield events
             time.sleep(0.2)  # the last messages of a prompt leave after its history entry is written
         finally:
-            connection.shutdown()
+            connection.abort()  # unlike close(), it wakes the thread that reads
             thread.join(timeout=10)
+            connection.shutdown()
 
 
 def prepare_base_dir(base_dir: Path) -> None:

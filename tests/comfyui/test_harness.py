@@ -1,0 +1,103 @@
+"""The harness itself: the server answers and runs graphs, the page opens and is not blank."""
+
+import io
+import re
+
+import pytest
+from PIL import Image
+
+from tools.comfy_server import PromptRejectedError
+
+GRAPH = {
+    "1": {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 64, "height": 32, "batch_size": 2, "color": 0xFF0000},
+    },
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "harness"}},
+}
+
+
+def page_node(node_id: int, node_type: str, **entries) -> dict:
+    node = {"id": node_id, "type": node_type, "pos": [400 * node_id, 100], "size": [300, 200], "flags": {}}
+    return node | {"order": node_id, "mode": 0, "properties": {}, "inputs": [], "outputs": []} | entries
+
+
+WORKFLOW = {
+    "version": 0.4,
+    "last_node_id": 2,
+    "last_link_id": 1,
+    "links": [[1, 1, 0, 2, 0, "IMAGE"]],
+    "nodes": [
+        page_node(
+            1,
+            "EmptyImage",
+            outputs=[{"name": "IMAGE", "type": "IMAGE", "links": [1]}],
+            widgets_values=[64, 32, 1, 255],
+        ),
+        page_node(
+            2,
+            "SaveImage",
+            inputs=[{"name": "images", "type": "IMAGE", "link": 1}],
+            widgets_values=["harness"],
+        ),
+    ],
+}
+
+
+def test_server_is_comfyui_on_the_cpu(server):
+    stats = server.get("/system_stats")
+    assert stats["system"]["comfyui_version"] == "0.3.75"
+    assert [device["type"] for device in stats["devices"]] == ["cpu"]
+
+
+def test_server_loads_this_pack(server):
+    assert not re.search(r"IMPORT FAILED\).*ComfyUI-DRM", server.log_text())
+    assert server.object_info("StepwiseKSampler")["python_module"] == "custom_nodes.ComfyUI-DRM"
+
+
+def test_server_runs_a_graph(server):
+    result = server.run(GRAPH)
+    assert (result.status, result.error, len(result.images("2"))) == ("success", "", 2)
+    with Image.open(io.BytesIO(server.view(result.images("2")[1]))) as picture:
+        assert (picture.size, picture.getpixel((5, 5))) == ((64, 32), (255, 0, 0))
+
+
+def test_server_says_why_it_refuses(server):
+    wrong = GRAPH | {"1": {"class_type": "EmptyImage", "inputs": GRAPH["1"]["inputs"] | {"width": "wide"}}}
+    with pytest.raises(PromptRejectedError, match=r"EmptyImage \(node 1\): .*wide"):
+        server.run(wrong)
+
+
+def test_error_inside_a_graph_is_in_the_result(server):
+    outside = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../outside"}}
+    result = server.run(GRAPH | {"2": outside})
+    assert result.status == "error"
+    assert "SaveImage (node 2): " in result.error
+    assert "outside the output folder" in result.error
+    assert server.run(GRAPH).status == "success"
+
+
+def test_events_are_recorded(server):
+    graph = GRAPH | {"1": {"class_type": "EmptyImage", "inputs": GRAPH["1"]["inputs"] | {"color": 0x00FF00}}}
+    with server.events() as events:
+        result = server.wait(server.queue(graph, client_id=events.client_id))
+    assert [entry["node"] for entry in events.of("executed", result.prompt_id)] == ["2"]
+    assert len(events.of("execution_success", result.prompt_id)) == 1
+
+
+def test_page_opens_a_workflow(page):
+    report = page.open_workflow(WORKFLOW, name="harness")
+    assert (report.missing_types, report.red_nodes, report.bad_choices) == ([], [], [])
+    assert (report.dialogs, report.toasts, report.console_errors) == ([], [], [])
+    assert report.widgets("EmptyImage") == {"width": 64, "height": 32, "batch_size": 1, "color": 255}
+    assert report.prompt["2"]["inputs"]["images"] == ["1", 0]
+    with Image.open(report.screenshot) as picture:
+        assert picture.size == (1920, 1080)
+        assert len(picture.convert("RGB").getcolors(maxcolors=1920 * 1080)) > 50
+
+
+def test_page_names_unknown_nodes(page):
+    nodes = [*WORKFLOW["nodes"], page_node(3, "NoSuchNode")]
+    report = page.open_workflow(WORKFLOW | {"nodes": nodes}, name="harness_unknown_node")
+    assert report.missing_types == ["NoSuchNode"]
+    assert any("NoSuchNode" in dialog for dialog in report.dialogs)
