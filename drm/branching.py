@@ -1,15 +1,15 @@
 """k candidates from one mean, and the noise streams that make them reproducible anywhere.
 
-Noise is a pure function of (seed, step, item, branch, element): counter-based Philox4x32-10 (Salmon et al. 2011,
-"Parallel Random Numbers: As Easy as 1, 2, 3") followed by Box-Muller, with Triton's arithmetic throughout. For the
-elements e = 4 i .. 4 i + 3 of a (C, H, W) latent in row-major order, a Triton kernel draws the same numbers by
+Noise is a pure function of (seed, step, item, branch, element): counter-based Philox4x32-10 (Salmon et al.
+2011, "Parallel Random Numbers: As Easy as 1, 2, 3") and Box-Muller, with Triton's arithmetic throughout. For
+the elements 4 i .. 4 i + 3 of a row-major (C, H, W) latent, a Triton kernel draws the same numbers by
 
     i0, i1, i2, i3 = tl.philox(seed, i, step, item, branch)              # counter words c0..c3, key = seed
     n0, n1 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(i0), tl.uint_to_uniform_float(i1))
     n2, n3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(i2), tl.uint_to_uniform_float(i3))
 
-with uint32 counters and a 64-bit seed; for step = item = branch = 0 that is `tl.randn4x(seed, i)`. The integers are
-equal bit for bit on every device, the normals to the last places of log, cos and sin.
+with uint32 counters and a 64-bit seed; for step = item = branch = 0 that is `tl.randn4x(seed, i)`. The
+integers are equal bit for bit on every device, the normals to the last places of log, cos and sin.
 """
 
 import math
@@ -30,11 +30,11 @@ def philox4x32(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32: four words of random bits for every counter.
 
-    c0..c3: int64 tensors holding uint32 values, of shapes that broadcast. k0, k1: the key's low and high word.
+    c0..c3: int64 tensors holding uint32 values, of shapes that broadcast. k0, k1: the key, low word first.
     Returns four int64 tensors of the common shape with values in [0, 2^32).
     """
     for _ in range(rounds):
-        # An int64 product wraps, yet its 64 bits are those of the unsigned product; masking recovers the high word.
+        # An int64 product wraps, yet its 64 bits are the unsigned one's; masking recovers the high word.
         product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
         c0 = ((product_b >> 32) & _MASK) ^ c1 ^ k0
         c2 = ((product_a >> 32) & _MASK) ^ c3 ^ k1
@@ -110,8 +110,8 @@ def branch_candidates(
     """Candidates mean + std * noise_scale * eps of the given branches.
 
     mean: (B, C, H, W); std: a float or a tensor that broadcasts against it; items: B stream numbers.
-    Returns (B, len(branches), C, H, W) float32. The noise-free mean is never among them: it carries less noise
-    than sigma_next says, which a scorer mistakes for quality.
+    Returns (B, len(branches), C, H, W) float32. The noise-free mean is never among them: it carries less
+    noise than sigma_next says, which a scorer mistakes for quality.
     """
     if len(items) != len(mean):
         raise ValueError(f"{len(items)} item ids for a batch of {len(mean)}: give one per item")

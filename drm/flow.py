@@ -4,7 +4,7 @@
     velocity = noise - x0 = (x_sigma - x0) / sigma
     shifted  = shift * sigma / (1 + (shift - 1) * sigma)
 
-(Liu et al. 2022, "Flow Straight and Fast"; the shift is equation 23 of Esser et al. 2024, Stable Diffusion 3.)
+(Liu et al. 2022, "Flow Straight and Fast"; the shift is equation 23 of Esser et al. 2024, SD3.)
 Shapes: latents (B, C, H, W) in model space; a sigma is a float, a 0-d tensor or one per item (B,).
 """
 
@@ -20,7 +20,7 @@ def expand_sigma(sigma: float | Tensor, like: Tensor) -> Tensor:
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=like.device)
     if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) not in (1, len(like))):
         raise ValueError(
-            f"sigma has shape {tuple(sigma.shape)} for a batch of {len(like)}: give one number or one per item"
+            f"sigma has shape {tuple(sigma.shape)} for a batch of {len(like)}: give one or one per item"
         )
     return sigma.reshape(-1, *[1] * (like.ndim - 1))
 

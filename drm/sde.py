@@ -8,7 +8,7 @@ SDE (Liu et al. 2025, Flow-GRPO), g = a * sqrt(sigma / (1 - sigma)):
     std   = g * sqrt(-dt)
     log p = -(x' - mean)^2 / (2 std^2) - log std - log sqrt(2 pi)          averaged over C, H, W
 
-CPS (coefficient-preserving sampling), s = sigma_next * sin(a pi / 2), x0 = x - sigma v, x1 = x + (1 - sigma) v:
+CPS (coefficient-preserving), s = sigma_next * sin(a pi / 2), x0 = x - sigma v, x1 = x + (1 - sigma) v:
 
     mean  = x0 * (1 - sigma_next) + x1 * sqrt(sigma_next^2 - s^2)
     std   = s
@@ -128,8 +128,8 @@ def sde_step(
 ) -> SDEStep:
     """One stochastic step from sigma to sigma_next.
 
-    latents, velocity, noise: (B, C, H, W), or shapes that broadcast, such as latents (B, 1, C, H, W) with noise
-    (B, k, C, H, W) for k candidates from one mean. sigma, sigma_next: floats or one per item (B,).
+    latents, velocity, noise: (B, C, H, W), or shapes that broadcast, such as latents (B, 1, C, H, W) with
+    noise (B, k, C, H, W) for k candidates from one mean. sigma, sigma_next: floats or one per item (B,).
     sigma_max: the schedule's second sigma, used at sigma = 1 only; sigma_next when not given.
     Raises ValueError for sigmas out of order or outside [0, 1], an unknown kind, or a bad noise level.
     """

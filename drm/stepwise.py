@@ -5,8 +5,8 @@
     x'_j      = mean(x, velocity) + std * eps_j         j = 1..k, see sde.py and branching.py
     x         = x'_argmax_j score(x'_j, sigma_next)     for each batch item on its own
 
-(DRM: Diffusion-based Reward Model With Step-wise Guidance, CVPR 2026.) The last step, sigma_next = 0, draws no
-noise and scores nothing: it returns the denoised latent. Latents are (B, C, H, W) in model space, in float32.
+(DRM: Diffusion-based Reward Model With Step-wise Guidance, CVPR 2026.) The last step, sigma_next = 0, draws
+no noise and scores nothing: it returns the denoised latent. Latents are (B, C, H, W) in model space, float32.
 """
 
 import json
@@ -29,7 +29,7 @@ Score = Callable[[Tensor, float, Tensor], Tensor]
 
 @dataclass
 class TraceStep:
-    """One step: its sigmas, every candidate's score (B, k) or None where nothing was scored, the winners (B,)."""
+    """One step: its sigmas, candidates' scores (B, k) or None where nothing was scored, winners (B,)."""
 
     sigma: float
     sigma_next: float
@@ -91,8 +91,8 @@ def _check_settings(
         raise ValueError(f"noise_scale is {noise_scale}: it must be a number of at least 0 (1 is usual)")
     if num_branches > 1 and noise_level * noise_scale == 0:
         raise ValueError(
-            f"noise_level {noise_level} with noise_scale {noise_scale} makes all {num_branches} candidates equal:"
-            " raise the noise (noise_level 0.7 is usual) or set num_branches to 1"
+            f"noise_level {noise_level} with noise_scale {noise_scale} makes all {num_branches} candidates"
+            " equal: raise the noise (noise_level 0.7 is usual) or set num_branches to 1"
         )
     if not 0 <= start <= end <= 1:
         raise ValueError(f"the branching window is {start} to {end}: wanted 0 <= start <= end <= 1")
@@ -110,15 +110,15 @@ def _check_inputs(latents: Tensor, sigmas: Tensor, item_ids: list[int]) -> None:
     # Not `sigma < 0 or sigma > 1`: written so that NaN fails too.
     if not bool(((sigmas >= 0) & (sigmas <= 1 + 1e-4)).all()):
         raise ValueError(
-            f"sigmas run from {sigmas.max():.4g} to {sigmas.min():.4g}: step-wise sampling needs a flow-matching"
-            " model, whose sigmas lie in [0, 1] (SD3 and SD3.5 do, SD1.5 and SDXL do not)"
+            f"sigmas run from {sigmas.max():.4g} to {sigmas.min():.4g}: step-wise sampling needs a"
+            " flow-matching model, whose sigmas lie in [0, 1] (SD3 and SD3.5 do, SD1.5 and SDXL do not)"
         )
     if bool((sigmas.diff() > 0).any()) or bool((sigmas[:-1] == 0).any()):
         raise ValueError("sigmas must fall from step to step and reach 0 only at the end")
 
 
 def _chunks(total: int, size: int) -> list[range]:
-    """Ranges of one length that cover 0..total; the last may reach beyond, so that every chunk has one shape."""
+    """Ranges of one length that cover 0..total; the last may reach beyond, so that all have one shape."""
     count = math.ceil(total / size)
     length = math.ceil(total / count)
     return [range(first, first + length) for first in range(0, total, length)]
@@ -131,7 +131,7 @@ def _score_chunk(score: Score, candidates: Tensor, sigma_next: Tensor, rows: ran
     scores = torch.as_tensor(score(candidates.flatten(0, 1), float(sigma_next), item_index))
     if scores.shape != item_index.shape:
         raise ValueError(
-            f"the scorer returned shape {tuple(scores.shape)} for {len(item_index)} candidates: wanted one each"
+            f"the scorer returned shape {tuple(scores.shape)} for {len(item_index)} candidates, not one each"
         )
     scores = scores.detach().to(candidates.device, torch.float32)
     if not bool(torch.isfinite(scores).all()):
@@ -216,19 +216,20 @@ def sample_stepwise(
     """Samples along `sigmas`, branching into num_branches candidates at every step of the window.
 
     denoise: (x (B, C, H, W), sigma 0-d tensor) -> x0, called exactly once a step.
-    score: (candidates (n, C, H, W), sigma_next float, item_index (n,) long: the batch row of each) -> (n,), higher
-        is better; never called, and may be None, when num_branches is 1.
+    score: (candidates (n, C, H, W), sigma_next float, item_index (n,) long: the batch row of each) -> (n,),
+        higher is better; never called, and may be None, when num_branches is 1.
     latents: x at sigmas[0]. sigmas: (N + 1,) falling within [0, 1]; with fewer than 2 nothing is done.
-    num_branches: 1 continues the single stochastic branch; 1 with noise_level 0 is Euler's method to the last bit.
+    num_branches: 1 continues the one stochastic branch; 1 with noise_level 0 is Euler's method bit for bit.
     start, end: the window; step i of N branches when start <= i / N < end, other steps are Euler steps.
-    item_ids: number of each item's noise stream, the batch row by default; a batch then equals its runs one by one.
+    item_ids: number of each item's noise stream, by default its batch row. A batch equals its items run one
+        by one under the same numbers.
     noise_scale: multiplies the noise that is added, as s_noise does elsewhere.
     reimpose: (x (B, C, H, W), sigma_next 0-d tensor) -> x with a mask's kept region put back; called on every
         candidate before it is scored, and after every Euler step and the last.
-    chunk_size: most candidates a scorer call gets. By default each item's k go in one call of their own, 16 at
-        most, so that a score never depends on the rest of the batch.
-    callback: called once a step with step, steps, x and denoised (tensors), sigma, sigma_next (floats), scores
-        ((B, k) or None). interrupt: called before every scorer call; it raises to cancel.
+    chunk_size: most candidates a scorer call gets. By default each item's k go in one call of their own, 16
+        at most, so that a score never depends on the rest of the batch.
+    callback: called once a step with a dict of step, steps, x and denoised (tensors), sigma, sigma_next
+        (floats), scores ((B, k) or None). interrupt: called before every scorer call; it raises to cancel.
 
     Returns the latents and the Trace. Raises ValueError for bad settings, latents, sigmas or scores.
     """

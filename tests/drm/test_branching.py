@@ -1,4 +1,4 @@
-"""The noise streams: known-answer vectors, independence of everything but their address, and their distribution."""
+"""The noise streams: known-answer vectors, dependence on their address alone, and their distribution."""
 
 import math
 
@@ -61,7 +61,8 @@ def test_element_order_is_four_normals_a_counter():
 def test_many_streams_equal_each_alone():
     items, branches = [0, 9, 2**32 - 1], [0, 3, 999]
     together = candidate_noise(SHAPE, 123, 17, items, branches)
-    assert together.shape == (3, 3, *SHAPE) and together.dtype == torch.float32
+    assert together.shape == (3, 3, *SHAPE)
+    assert together.dtype == torch.float32
     for i, item in enumerate(items):
         for j, branch in enumerate(branches):
             assert torch.equal(together[i, j], branch_noise(SHAPE, 123, 17, item, branch))

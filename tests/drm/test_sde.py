@@ -1,5 +1,6 @@
 """One stochastic step: hand-worked values, the marginal it must keep, and its log-probability."""
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,8 @@ def test_sigma_max_matters_at_one_only():
     latents = torch.randn(1, 4, 2, 2)
     with_rule = transition(latents, latents, 0.8, 0.6, sigma_max=0.3)
     without = transition(latents, latents, 0.8, 0.6)
-    assert torch.equal(with_rule[0], without[0]) and torch.equal(with_rule[1], without[1])
+    assert torch.equal(with_rule[0], without[0])
+    assert torch.equal(with_rule[1], without[1])
 
 
 @pytest.mark.parametrize("kind", ["sde", "cps"])
@@ -113,10 +115,10 @@ def marginal(sigma):
 
 
 def run_gaussian(sigmas, count, sigma_max=None):
-    """Samples along sigmas from the exact marginal at the first; yields (sigma, z of the mean, variance ratio)."""
+    """Samples from the exact marginal at sigmas[0] on; yields (sigma, z of the mean, variance ratio)."""
     mean, variance = marginal(sigmas[0])
     x = mean + variance.sqrt() * torch.randn(count, 1, 1, 1)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         velocity = exact_velocity(x, sigma)
         x = sde_step(x, velocity, sigma, sigma_next, torch.randn_like(x), 0.7, sigma_max=sigma_max).sample
         mean, variance = marginal(sigma_next)

@@ -1,0 +1,211 @@
+"""SD3's transformer (MMDiT-X), truncated: latents, text and sigma to image tokens.
+
+    tokens = PatchEmbed(x_sigma) + position;  temb = time(1000 sigma) + pooled text;  context = Linear(text)
+    context, tokens = JointBlock_i(context, tokens, temb)          i = 0 .. num_kept - 1
+    f_v = tokens                                                   (B, (H/2)(W/2), width)
+
+Every module is diffusers' own, from `SD3Transformer2DModel`. The last kept block's text output feeds nothing,
+so that block is built `context_pre_only`: it has no text feed-forward, no text output projection, and only
+the two rows of the text modulation (scale and shift before attention) that reach the image. The image tokens
+are those of the full model after that block.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .comfy_layout import from_comfy_layout
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
+
+SD35_MEDIUM_KEPT = 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The arguments of diffusers' SD3Transformer2DModel, and how many of its blocks are kept."""
+
+    num_kept: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int = 64
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 2048
+    pos_embed_max_size: int = 384
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = "rms_norm"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_kept <= self.num_layers:
+            raise ValueError(
+                f"num_kept is {self.num_kept}: wanted 1 to {self.num_layers}, the model's blocks"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping, num_kept: int) -> "BackboneConfig":
+        """From the config of an SD3Transformer2DModel (or its config.json as a dict)."""
+        names = set(cls.__dataclass_fields__) - {"num_kept"}
+        kwargs = {name: config[name] for name in names if name in config}
+        kwargs["dual_attention_layers"] = tuple(kwargs.get("dual_attention_layers") or ())
+        built = cls(num_kept=num_kept, **kwargs)
+        context_width = config.get("caption_projection_dim", built.width)
+        if context_width != built.width:
+            raise ValueError(
+                f"text is projected to {context_width} but tokens are {built.width} wide: not an SD3 model"
+            )
+        return built
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def sd35_medium_config(num_kept: int = SD35_MEDIUM_KEPT) -> BackboneConfig:
+    """Stable Diffusion 3.5 Medium: 24 blocks of width 1536, of which the paper keeps 21."""
+    return BackboneConfig(
+        num_kept=num_kept, num_layers=24, num_attention_heads=24, dual_attention_layers=tuple(range(13))
+    )
+
+
+class TruncatedSD3(nn.Module):
+    """The first `num_kept` blocks of an SD3 transformer. Imports diffusers when built."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        from diffusers.models.attention import JointTransformerBlock
+        from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
+
+        self.config = config
+        self.gradient_checkpointing = False
+        self.pos_embed = PatchEmbed(
+            height=config.sample_size,
+            width=config.sample_size,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            embed_dim=config.width,
+            pos_embed_max_size=config.pos_embed_max_size,
+        )
+        self.time_text_embed = CombinedTimestepTextProjEmbeddings(
+            embedding_dim=config.width, pooled_projection_dim=config.pooled_projection_dim
+        )
+        self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
+        self.transformer_blocks = nn.ModuleList(
+            JointTransformerBlock(
+                dim=config.width,
+                num_attention_heads=config.num_attention_heads,
+                attention_head_dim=config.attention_head_dim,
+                context_pre_only=index == config.num_kept - 1,
+                qk_norm=config.qk_norm,
+                use_dual_attention=index in config.dual_attention_layers,
+            )
+            for index in range(config.num_kept)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.context_embedder.weight.dtype
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens for a latent of this size; ValueError when it cannot be patched."""
+        patch, largest = self.config.patch_size, self.config.pos_embed_max_size
+        if height % patch or width % patch or not height or not width:
+            raise ValueError(
+                f"the latent is {height}x{width}: both sides must be multiples of {patch},"
+                f" that is pictures in multiples of {8 * patch} pixels"
+            )
+        if max(height, width) // patch > largest:
+            raise ValueError(
+                f"the latent is {height}x{width}: this model's positions reach {largest * patch} a side"
+            )
+        return height // patch, width // patch
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+    ) -> Tensor:
+        """Image tokens (B, L, width), row-major over the token grid, in the backbone's dtype.
+
+        latents (B, C, H, W) in model space; timestep (B,) = 1000 sigma; prompt_embeds (B, T,
+        joint_attention_dim); pooled_prompt_embeds (B, pooled_projection_dim).
+        """
+        self.token_grid(*latents.shape[-2:])
+        dtype = self.dtype
+        tokens = self.pos_embed(latents.to(dtype)).contiguous()
+        temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
+        context = self.context_embedder(prompt_embeds.to(dtype))
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                context, tokens = checkpoint(block, tokens, context, temb, use_reentrant=False)
+            else:
+                context, tokens = block(tokens, context, temb)
+        return tokens
+
+
+def truncate_state_dict(state_dict: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
+    """The weights of a whole SD3Transformer2DModel that TruncatedSD3(config) holds.
+
+    A kept last block that was not the model's last has a six-part text modulation (shift, scale, gate of
+    attention, then of the feed-forward); only the first two remain, in the order (scale, shift) of
+    AdaLayerNormContinuous.
+    """
+    last = config.num_kept - 1
+    unused = tuple(f"transformer_blocks.{last}.{name}." for name in ("attn.to_add_out", "ff_context"))
+    modulation = f"transformer_blocks.{last}.norm1_context.linear."
+    kept = {}
+    for key, value in state_dict.items():
+        if key.startswith(("norm_out.", "proj_out.")) or key.startswith(unused):
+            continue
+        if key.startswith("transformer_blocks.") and int(key.split(".")[1]) > last:
+            continue
+        if key.startswith(modulation) and config.num_kept < config.num_layers:
+            shift, scale = value.chunk(6)[:2]
+            value = torch.cat((scale, shift))
+        kept[key] = value
+    return kept
+
+
+def _load(state_dict: Mapping[str, Tensor], config: BackboneConfig) -> TruncatedSD3:
+    with torch.device("meta"):
+        backbone = TruncatedSD3(config)
+    kept = {key: value.detach().clone() for key, value in truncate_state_dict(state_dict, config).items()}
+    backbone.load_state_dict(kept, assign=True)
+    return backbone
+
+
+def backbone_from_transformer(transformer: "SD3Transformer2DModel", num_kept: int) -> TruncatedSD3:
+    """The first blocks of a diffusers SD3 transformer, as copies in its dtype and on its device."""
+    config = BackboneConfig.from_diffusers(transformer.config, num_kept)
+    return _load(transformer.state_dict(), config)
+
+
+def backbone_from_comfy_checkpoint(source: Mapping[str, Tensor] | str | Path, num_kept: int) -> TruncatedSD3:
+    """The first blocks of an SD3 checkpoint in ComfyUI's layout, from a .safetensors file or its state dict.
+
+    Keys may be bare or below `model.diffusion_model.`; other parts of the file (VAE, text encoders) are not
+    read. Raises ValueError when it holds no SD3 transformer.
+    """
+    if isinstance(source, str | Path):
+        source = _read_diffusion_model(Path(source))
+    kwargs, state_dict = from_comfy_layout(source)
+    return _load(state_dict, BackboneConfig.from_diffusers(kwargs, num_kept))
+
+
+def _read_diffusion_model(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        prefixed = [key for key in keys if key.startswith("model.diffusion_model.")]
+        return {key: file.get_tensor(key) for key in prefixed or keys}

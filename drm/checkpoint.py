@@ -1,0 +1,190 @@
+"""A reward model as one .safetensors file whose header says everything needed to rebuild it.
+
+Safetensors metadata is text to text; ours is
+    format   "drm-reward-model"
+    version  "1"
+    header   JSON: architecture {backbone, head}, sigma (convention), text_length, calibration, sha256 of the
+             weights, metadata (anything its maker wrote)
+The weights are `backbone.*` in any float dtype and `head.*` in float32. The file is written beside its target
+and renamed, so a reader never sees half of one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backbone import BackboneConfig, TruncatedSD3
+from .head import ConvHead
+from .model import DRM
+
+FORMAT = "drm-reward-model"
+VERSION = 1
+SIGMA_CONVENTION = "x = (1 - sigma) * x0 + sigma * noise; timestep = 1000 * sigma"
+_OWN_FIELDS = ("text_length", "calibration")
+
+# What else people drop into the folder, told by a piece of a key that only it has.
+_LOOKS_LIKE = (
+    ("joint_blocks.", "an SD3 diffusion checkpoint"),
+    ("lora_", "a LoRA"),
+    ("input_blocks.", "an SD1.5 or SDXL checkpoint"),
+    ("double_blocks.", "a Flux-type diffusion checkpoint"),
+    ("transformer_blocks.", "a diffusers transformer"),
+    ("text_model.", "a CLIP text encoder"),
+    ("encoder.block.", "a T5 text encoder"),
+    ("decoder.", "a VAE"),
+)
+
+
+class DRMFileError(ValueError):
+    """The file is not a reward model this version can load; the message says what it is and what to do."""
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_drm(
+    drm: DRM, path: str | os.PathLike, metadata: dict | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes the model to path (.safetensors), atomically.
+
+    metadata: JSON-able facts, added over drm.metadata; text_length and calibration have places of their own
+    in the header. dtype: what the backbone is stored in, its own dtype when not given; the head stays
+    float32.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise DRMFileError(f"{path.name}: reward models are saved as .safetensors, choose such a name")
+    facts = {**drm.metadata, **(metadata or {})}
+    tensors = {
+        key: value.detach().to("cpu", dtype if key.startswith("backbone.") else None).contiguous()
+        for key, value in drm.state_dict().items()
+    }
+    header = {
+        "architecture": {
+            "backbone": drm.backbone.config.to_dict(),
+            "head": {"dim": drm.head.dim, "hidden": drm.head.hidden},
+        },
+        "sigma": SIGMA_CONVENTION,
+        **{name: facts.pop(name, None) for name in _OWN_FIELDS},
+        "sha256": _digest(tensors),
+        "metadata": facts,
+    }
+    text = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header, allow_nan=False)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=text)
+        # safetensors writes files for their owner alone; models are shared.
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _looks_like(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    for piece, name in _LOOKS_LIKE:
+        if any(piece in key for key in keys):
+            return f"it looks like {name}"
+    return f"it holds {', '.join(keys[:3]) or 'nothing'}"
+
+
+def _open(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        raise DRMFileError(
+            f"{path.name} is not a .safetensors file: reward models are loaded from that format"
+            " only, because opening other formats can run code"
+        )
+    if not path.is_file():
+        raise DRMFileError(f"{path} is not there: put the reward model's .safetensors file in that place")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise DRMFileError(
+            f"{path.name} is damaged or cut short ({error}): download or copy it again"
+        ) from error
+
+
+def _parse_header(name: str, text: dict[str, str], keys: Iterable[str]) -> dict:
+    if text.get("format") != FORMAT:
+        raise DRMFileError(
+            f"{name} is not a reward model, {_looks_like(keys)}: choose a file saved by drm.save_drm"
+        )
+    version = text.get("version", "")
+    if not version.isdigit() or int(version) != VERSION:
+        raise DRMFileError(
+            f"{name} has format version {version or 'none'}, this code reads {VERSION}: update ComfyUI-DRM"
+        )
+    try:
+        header = json.loads(text["header"])
+        _ = header["architecture"]["backbone"], header["architecture"]["head"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DRMFileError(f"{name} has a broken header ({error!r}): download or save it again") from error
+    return {"format": FORMAT, "version": int(version), **header}
+
+
+def read_header(path: str | os.PathLike) -> dict:
+    """The header as a dict (format, version, architecture, sigma, ..., metadata), without reading the
+    weights.
+
+    Raises DRMFileError as `load_drm` does.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return _parse_header(path.name, file.metadata() or {}, file.keys())
+
+
+def _build(name: str, architecture: dict) -> DRM:
+    try:
+        backbone = dict(architecture["backbone"])
+        backbone["dual_attention_layers"] = tuple(backbone["dual_attention_layers"])
+        with torch.device("meta"):
+            return DRM(TruncatedSD3(BackboneConfig(**backbone)), ConvHead(**architecture["head"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise DRMFileError(f"{name} describes a model this code cannot build: {error}") from error
+
+
+def load_drm(
+    path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> DRM:
+    """The model of a file saved by save_drm, in eval mode; its backbone in dtype, its head in float32.
+
+    Raises DRMFileError, in one sentence, for a missing, damaged or foreign file, one of a newer version, and
+    for any format but .safetensors.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        header = _parse_header(path.name, file.metadata() or {}, file.keys())
+        drm = _build(path.name, header["architecture"])
+        expected = {key: value.shape for key, value in drm.state_dict().items()}
+        found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        if wrong:
+            raise DRMFileError(
+                f"{path.name} does not hold the weights its header describes ({wrong[0][0]} differs): it was"
+                " edited or mixed up, download or save it again"
+            )
+        tensors = {
+            key: file.get_tensor(key).to(
+                device, dtype if key.startswith("backbone.") else torch.float32, copy=True
+            )
+            for key in expected
+        }
+    drm.load_state_dict(tensors, assign=True)
+    drm.metadata = dict(header.get("metadata") or {})
+    drm.metadata |= {name: header[name] for name in _OWN_FIELDS if header.get(name) is not None}
+    return drm.eval()
