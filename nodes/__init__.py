@@ -1,6 +1,4 @@
-"""The pack's nodes. Imported by ComfyUI only; nothing here or below imports diffusers or transformers at
-start-up.
-"""
+"""The pack's nodes. ComfyUI imports this at start-up: nothing here or below brings in diffusers or transformers."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -15,9 +13,15 @@ from .score import DRMScoreLatent
 class DRMExtension(ComfyExtension):
     """The six nodes, the model folders they read and the hook that brings traces into saved pictures."""
 
-    async def on_load(self) -> None:
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        # Not in on_load, which ComfyUI 0.3.75 never calls. The folders must be known before the nodes are asked.
         folders.register()
         trace_metadata.register()
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DRMLoader, DRMScoreLatent, StepwiseKSampler, StepwiseSampler, DRMTracePlot, DRMDemoCLIPLoader]
+        return [
+            DRMLoader,
+            DRMScoreLatent,
+            StepwiseKSampler,
+            StepwiseSampler,
+            DRMTracePlot,
+            DRMDemoCLIPLoader,
+        ]
