@@ -68,6 +68,8 @@ def pack() -> Pack:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # reads sys.argv
+
+        importlib.import_module("utils.extra_config")  # first, as in main.py: later `utils` is comfy/utils.py
     finally:
         sys.argv = arguments
     return Pack()
