@@ -24,10 +24,13 @@ from drm.head import ConvHead
 TEXT_LENGTH = 20
 LATENT_CHANNELS = 16
 
-_WORDS = """a an and the of with in on at by from to emoji picture icon symbol style flat fluent noto twemoji heart
-sun pizza cat dog face pumpkin soccer ball tree clock key fish red blue green yellow orange purple black white brown
-smiling crying angry happy sad moon star cloud rain snow fire water flower house car train ship plane bicycle apple
-banana bread cheese coffee cup knife fork spoon book pen phone computer camera music note bell lock hammer""".split()
+_WORDS = """
+a an and the of with in on at by from to emoji picture icon symbol style flat fluent noto twemoji heart
+sun pizza cat dog face pumpkin soccer ball tree clock key fish red blue green yellow orange purple black
+white brown smiling crying angry happy sad moon star cloud rain snow fire water flower house car train
+ship plane bicycle apple banana bread cheese coffee cup knife fork spoon book pen phone computer camera
+music note bell lock hammer
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def tiny_transformer(
     pooled_projection_dim: int = 256,
     pos_embed_max_size: int = 24,
 ) -> nn.Module:
-    """A diffusers SD3Transformer2DModel of SD3.5-Medium's kind (RMS qk-norm, dual attention), random, float32."""
+    """A random float32 SD3Transformer2DModel of SD3.5-Medium's kind: RMS qk-norm, dual attention."""
     from diffusers import SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel(
@@ -99,8 +102,9 @@ class _Block(nn.Module):
 
 
 def _taesd_state_dict(seed: int) -> dict[str, Tensor]:
-    """ComfyUI's TAESD (64 wide, 1/3/3/3 blocks) under its own names; only the indices of its layers matter."""
+    """ComfyUI's TAESD (64 wide, 1/3/3/3 blocks) under its own names."""
 
+    # Only the places of its layers count here, so identities stand for those without weights.
     def conv(n_in: int, n_out: int, bias: bool = True) -> nn.Conv2d:
         return nn.Conv2d(n_in, n_out, 3, padding=1, bias=bias)
 
@@ -123,7 +127,7 @@ def _taesd_state_dict(seed: int) -> dict[str, Tensor]:
     return state_dict
 
 
-def train_tokenizer(words: list[str] = _WORDS) -> str:
+def train_tokenizer(words: str = _WORDS) -> str:
     """A small byte-level BPE tokenizer, lower-casing, as the text of a tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -137,7 +141,7 @@ def train_tokenizer(words: list[str] = _WORDS) -> str:
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([" ".join(words)] * 2, trainer)
+    tokenizer.train_from_iterator([words] * 2, trainer)
     return tokenizer.to_str()
 
 
