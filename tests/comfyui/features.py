@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 def comfy_network(state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """ComfyUI's float32 network for a checkpoint with `model.diffusion_model.*` keys, by its own
-    detection.""" import comfy.ops
+    """ComfyUI's float32 network for keys under `model.diffusion_model.`, built by its own detection."""
+    import comfy.ops
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
     from comfy.model_detection import detect_unet_config
 
@@ -36,8 +36,8 @@ def comfy_image_tokens(
     pooled_prompt_embeds: Tensor,
     num_kept: int,
 ) -> Tensor:
-    """Image tokens (B, L, width) after block num_kept of `comfy_network`, taken by a hook during its
-    forward.""" caught = []
+    """Image tokens (B, L, width) after the first num_kept blocks of `comfy_network`, caught by a hook."""
+    caught = []
 
     def catch(module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         caught.append(output[1].clone())

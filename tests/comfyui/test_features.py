@@ -1,4 +1,4 @@
-"""Image tokens of ComfyUI's own network and of the truncated backbone agree on one ComfyUI-layout checkpoint."""
+"""ComfyUI's own network and the truncated backbone make the same image tokens of one checkpoint."""
 
 import pytest
 import torch

@@ -1,0 +1,175 @@
+"""The truncated transformer against the whole one, SD3.5-Medium's shape, and ComfyUI-layout checkpoints."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drm.backbone import (
+    BackboneConfig,
+    TruncatedSD3,
+    backbone_from_comfy_checkpoint,
+    backbone_from_transformer,
+    sd35_medium_config,
+    truncate_state_dict,
+)
+from tests.tiny import tiny_transformer
+
+
+def tokens_of_whole_model(transformer, num_kept, latents, timestep, prompt_embeds, pooled):
+    """Image tokens after a block of the untouched model, caught on its way forward."""
+    caught = []
+    handle = transformer.transformer_blocks[num_kept - 1].register_forward_hook(
+        lambda module, args, output: caught.append(output[1])
+    )
+    with torch.no_grad():
+        transformer(latents, prompt_embeds, pooled, timestep)
+    handle.remove()
+    return caught[0]
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 3])
+@pytest.mark.parametrize("size", [(12, 12), (6, 20)])
+def test_tokens_are_those_of_the_whole_model(transformer, num_kept, size):
+    torch.manual_seed(0)
+    inputs = (
+        torch.randn(2, 16, *size),
+        torch.tensor([250.0, 900.0]),
+        torch.randn(2, 7, 48),
+        torch.randn(2, 256),
+    )
+    backbone = backbone_from_transformer(transformer, num_kept)
+    with torch.no_grad():
+        ours = backbone(*inputs)
+    whole = tokens_of_whole_model(transformer, num_kept, *inputs)
+    assert ours.shape == (2, size[0] * size[1] // 4, 128)
+    torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_unused_text_weights_are_left_out(transformer):
+    backbone = backbone_from_transformer(transformer, 2)
+    last = backbone.transformer_blocks[-1]
+    assert last.ff_context is None
+    assert last.attn.to_add_out is None
+    assert last.norm1_context.linear.weight.shape == (2 * 128, 128)
+    whole = dict(transformer.named_parameters())
+    assert "transformer_blocks.1.ff_context.net.2.weight" in whole
+    assert not any("ff_context" in key for key in last.state_dict())
+    shift, scale = whole["transformer_blocks.1.norm1_context.linear.weight"].chunk(6)[:2]
+    assert torch.equal(last.norm1_context.linear.weight, torch.cat((scale, shift)))
+
+
+def test_every_kept_weight_has_a_gradient(transformer):
+    backbone = backbone_from_transformer(transformer, 2)
+    tokens = backbone(
+        torch.randn(1, 16, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 48), torch.randn(1, 256)
+    )
+    tokens.square().sum().backward()
+    without = [
+        name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    # The last block's text queries attend, and what they gather would only feed the text.
+    assert all("add_q" in name or "norm_added_q" in name for name in without), without
+
+
+def test_gradient_checkpointing_changes_nothing(transformer):
+    gradients = []
+    for enabled in (False, True):
+        backbone = backbone_from_transformer(transformer, 2)
+        backbone.gradient_checkpointing = enabled
+        torch.manual_seed(0)
+        inputs = torch.randn(1, 16, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 48), torch.randn(1, 256)
+        backbone(*inputs).square().sum().backward()
+        gradients.append(backbone.context_embedder.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_weights_are_copies(transformer):
+    backbone = backbone_from_transformer(transformer, 1)
+    before = transformer.context_embedder.weight.clone()
+    with torch.no_grad():
+        backbone.context_embedder.weight.zero_()
+    assert torch.equal(transformer.context_embedder.weight, before)
+
+
+def test_sd35_medium_on_the_meta_device():
+    """21 of 24 blocks: 2.01 B parameters without the position table, 31 M of them unused text output."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        backbone = TruncatedSD3(sd35_medium_config())
+        whole = SD3Transformer2DModel(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=24,
+            attention_head_dim=64,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
+    assert BackboneConfig.from_diffusers(whole.config, 21) == backbone.config
+    blocks = backbone.transformer_blocks
+    assert [block.attn2 is not None for block in blocks] == [True] * 13 + [False] * 8
+    assert backbone.pos_embed.pos_embed.shape == (1, 384 * 384, 1536)
+    count = sum(parameter.numel() for parameter in backbone.parameters())
+    unused = sum(
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (whole.transformer_blocks[20].attn.to_add_out, whole.transformer_blocks[20].ff_context)
+    ) + 4 * 1536 * (1536 + 1)
+    assert unused == pytest.approx(30.7e6, rel=0.01)
+    assert round((count + unused) / 1e9, 2) == 2.01
+    kept = truncate_state_dict(whole.state_dict(), backbone.config)
+    expected = {key: value.shape for key, value in backbone.state_dict().items()}
+    assert {key: value.shape for key, value in kept.items()} == expected
+
+
+def test_sd35_medium_forward_shape_on_the_meta_device():
+    with torch.device("meta"):
+        backbone = TruncatedSD3(sd35_medium_config())
+        tokens = backbone(
+            torch.empty(1, 16, 64, 64), torch.empty(1), torch.empty(1, 333, 4096), torch.empty(1, 2048)
+        )
+    assert tokens.shape == (1, 1024, 1536)
+
+
+def test_comfy_checkpoint_from_a_file_and_from_bare_keys(family):
+    """The demo checkpoint (with its VAE, prefixed) and its bare network give one backbone, the source's."""
+    checkpoint = load_file(family.checkpoint)
+    bare = {
+        key.removeprefix("model.diffusion_model."): value
+        for key, value in checkpoint.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    from_file = backbone_from_comfy_checkpoint(family.checkpoint, 3)
+    assert from_file.config.dual_attention_layers == (0, 1)
+    assert from_file.config.pos_embed_max_size == 24
+    source = backbone_from_transformer(tiny_transformer(256, 4).half(), 3).state_dict()
+    for backbone in (from_file, backbone_from_comfy_checkpoint(bare, 3)):
+        state_dict = backbone.state_dict()
+        assert state_dict.keys() == source.keys()
+        assert all(torch.equal(state_dict[key], source[key]) for key in source)
+    assert "joint_blocks.0.x_block.attn.qkv.weight" in bare
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 5), (0, 8)])
+def test_odd_sizes_are_refused(transformer, size):
+    with pytest.raises(ValueError, match="multiples of 2"):
+        backbone_from_transformer(transformer, 1).token_grid(*size)
+
+
+def test_too_large_latents_are_refused(transformer):
+    backbone = backbone_from_transformer(transformer, 1)
+    assert backbone.token_grid(48, 2) == (24, 1)
+    with pytest.raises(ValueError, match="reach 48 a side"):
+        backbone.token_grid(50, 2)
+
+
+@pytest.mark.parametrize("num_kept", [0, 4])
+def test_more_blocks_than_there_are(transformer, num_kept):
+    with pytest.raises(ValueError, match="wanted 1 to 3"):
+        backbone_from_transformer(transformer, num_kept)
