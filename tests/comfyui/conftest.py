@@ -14,7 +14,9 @@ from types import ModuleType
 
 import pytest
 
+from tests.comfyui.inside import Inside
 from tests.comfyui.page import ComfyPage, open_page
+from tests.tiny import DemoFiles, build_demo_family
 from tools.comfy_server import COMFYUI, ROOT, ComfyServer
 
 FAMILY = ("checkpoints", "text_encoders", "drm")
@@ -30,8 +32,14 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(base_dir: Path) -> Iterator[ComfyServer]:
-    """The session's server, with this pack loaded."""
+def family(base_dir: Path) -> DemoFiles:
+    """The demo family with random weights, in the server's models folder."""
+    return build_demo_family(base_dir / "models")
+
+
+@pytest.fixture(scope="session")
+def server(base_dir: Path, family: DemoFiles) -> Iterator[ComfyServer]:
+    """The session's server, with this pack loaded and the random demo family in its folders."""
     with ComfyServer(base_dir) as server:
         yield server
 
@@ -73,3 +81,9 @@ def pack() -> Pack:
     finally:
         sys.argv = arguments
     return Pack()
+
+
+@pytest.fixture(scope="session")
+def inside(pack: Pack, family: DemoFiles) -> Inside:
+    """The random demo family, loaded by the ComfyUI of this process."""
+    return Inside(pack, family)
