@@ -1,7 +1,9 @@
 """What a ComfyUI server says about a prompt: its result, live events, or why it was refused."""
 
+import itertools
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,15 +48,26 @@ class Events:
     """What the page of one client would receive over its websocket."""
 
     client_id: str
-    messages: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # {"type": "progress", "data": {...}}, in order
+    # {"type": "progress", "data": {...}, "received": seconds on the monotonic clock}, in order
+    messages: list[dict[str, Any]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)  # encoded pictures, in order
 
     def of(self, kind: str, prompt_id: str | None = None) -> list[dict[str, Any]]:
         """Data of all messages of a kind: "progress", "executed", "execution_cached", ..."""
         data = [message["data"] for message in self.messages if message["type"] == kind]
         return [entry for entry in data if prompt_id is None or entry.get("prompt_id") == prompt_id]
+
+    def seconds_in(self, node_id: str, prompt_id: str) -> float:
+        """How long the server was busy with one node of a prompt, start to start of what came next."""
+        marks = [
+            m for m in self.messages if m["type"] == "executing" and m["data"].get("prompt_id") == prompt_id
+        ]
+        for mark, following in itertools.pairwise(marks):
+            if mark["data"]["node"] == node_id:
+                return following["received"] - mark["received"]
+        raise KeyError(
+            f"node {node_id} did not run in prompt {prompt_id}: it was cached, or is not in the graph"
+        )
 
 
 def record(connection: Any, events: Events) -> None:
@@ -65,7 +78,7 @@ def record(connection: Any, events: Events) -> None:
         except (OSError, websocket.WebSocketException):
             return
         if kind == websocket.ABNF.OPCODE_TEXT:
-            events.messages.append(json.loads(data))
+            events.messages.append({**json.loads(data), "received": time.monotonic()})
         elif kind == websocket.ABNF.OPCODE_BINARY and struct.unpack_from(">I", data)[0] == PREVIEW_EVENT:
             events.previews.append(data[8:])
         elif kind == websocket.ABNF.OPCODE_CLOSE:

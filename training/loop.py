@@ -1,7 +1,8 @@
-"""The one training loop: resumable, seeded, with averaged weights, one JSON line a log step and a progress bar.
+"""The one training loop: resumable, seeded, with averaged weights, one JSON line a log step and a progress
+bar.
 
-Data order is a pure function of (seed, step), so a run that was stopped goes on as if it had not been. The checkpoint holds weights,
-averaged weights, optimizer and step; it is written to a temporary name and renamed.
+Data order is a pure function of (seed, step), so a run that was stopped goes on as if it had not been. The
+checkpoint holds weights, averaged weights, optimizer and step; it is written to a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What a run needs to know. `decay` is the last learning rate over the first; `ema` averages the weights."""
+    """What a run needs to know. `decay` is the last learning rate over the first; `ema` averages the
+    weights.
+    """
 
     steps: int
     learning_rate: float
@@ -41,7 +44,9 @@ def learning_rate_at(step: int, config: LoopConfig) -> float:
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * (config.decay + (1 - config.decay) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return config.learning_rate * (
+        config.decay + (1 - config.decay) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    )
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -72,14 +77,19 @@ def train(
 ) -> torch.nn.Module:
     """Train `model` in place and return its averaged copy.
 
-    `loss_fn(step, generator)` returns a scalar loss with graph and a dict of figures to log. Weights not asking for gradients stay frozen.
-    `on_save(step, averaged)` runs after each checkpoint, for pictures and figures on the way.
+    `loss_fn(step, generator)` returns a scalar loss with graph and a dict of figures to log. Weights not
+    asking for gradients stay frozen. `on_save(step, averaged)` runs after each checkpoint, for pictures and
+    figures on the way.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    averaged_parameters = [a for a, p in zip(averaged.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    averaged_parameters = [
+        a for a, p in zip(averaged.parameters(), model.parameters(), strict=True) if p.requires_grad
+    ]
     checkpoint, start, seconds = folder / f"{name}.ckpt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -90,12 +100,23 @@ def train(
     begun = time.monotonic() - seconds
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {
+            "model": model.state_dict(),
+            "averaged": averaged.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
         save_atomically({**state, "step": step, "seconds": time.monotonic() - begun}, checkpoint)
         if on_save:
             on_save(step, averaged)
 
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=name, mininterval=10, dynamic_ncols=True)
+    bar = tqdm(
+        range(start, config.steps),
+        initial=start,
+        total=config.steps,
+        desc=name,
+        mininterval=10,
+        dynamic_ncols=True,
+    )
     with open(folder / f"{name}.jsonl", "a") as log:
         for step in bar:
             rate = learning_rate_at(step, config)
@@ -107,10 +128,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # early averages would be mostly the initial weights, so the window grows to its full length
-            torch._foreach_lerp_(averaged_parameters, parameters, 1 - min(config.ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(
+                averaged_parameters, parameters, 1 - min(config.ema, (1 + step) / (10 + step))
+            )
             if step % config.log_every == 0 or step + 1 == config.steps:
                 if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}; lower the learning rate and resume")
+                    raise FloatingPointError(
+                        f"{name}: loss is {loss.item()} at step {step}; lower the learning rate and resume"
+                    )
                 row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
                 row |= {"seconds": round(time.monotonic() - begun, 1), **figures}
                 log.write(json.dumps(row) + "\n")

@@ -2,8 +2,9 @@
 
     python -m training.demo.autoencoder --data runs/demo/data --out runs/demo/autoencoder
 
-Loss: L1 on the pixels, L1 on the finite differences of the picture (edges are what an emoji is), and a pull of every latent channel's mean and
-variance towards 0 and 1. The decoder sees slightly noisy latents, because that is what a sampler will hand it.
+Loss: L1 on the pixels, L1 on the finite differences of the picture (edges are what an emoji is), and a pull
+of every latent channel's mean and variance towards 0 and 1. The decoder sees slightly noisy latents, because
+that is what a sampler will hand it.
 """
 
 from __future__ import annotations
@@ -51,12 +52,16 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return loss
 
 
-def batch_of(images: np.ndarray, pool: np.ndarray, size: int, crop: int, generator: torch.Generator) -> torch.Tensor:
+def batch_of(
+    images: np.ndarray, pool: np.ndarray, size: int, crop: int, generator: torch.Generator
+) -> torch.Tensor:
     """Random icons, random crops of `crop` pixels, half of them mirrored."""
     picked = torch.randint(len(pool), (size,), generator=generator).numpy()
     span = images.shape[1] - crop + 1
     corners = torch.randint(span, (size, 2), generator=generator).tolist()
-    pictures = np.stack([images[pool[i]][y : y + crop, x : x + crop] for i, (y, x) in zip(picked, corners, strict=True)])
+    pictures = np.stack(
+        [images[pool[i]][y : y + crop, x : x + crop] for i, (y, x) in zip(picked, corners, strict=True)]
+    )
     batch = to_float(pictures)
     mirrored = torch.rand(size, generator=generator) < 0.5
     batch[mirrored] = batch[mirrored].flip(-1)
@@ -105,7 +110,9 @@ def main() -> None:
             output = averaged.decoder(averaged.encoder(held_out)).float()
         print(f"\nstep {step}: held-out PSNR {psnr(output, held_out):.2f} dB", flush=True)
 
-    config = LoopConfig(steps=args.steps, learning_rate=1e-3, decay=0.02, weight_decay=0.0, ema=0.998, save_every=250)
+    config = LoopConfig(
+        steps=args.steps, learning_rate=1e-3, decay=0.02, weight_decay=0.0, ema=0.998, save_every=250
+    )
     averaged = train(model, loss_fn, config, args.out, name="autoencoder", on_save=on_save)
     averaged.save_pretrained(args.out / "final")
     print(f"autoencoder -> {args.out / 'final'}")

@@ -2,14 +2,16 @@
 
     python -m training.demo.data --out runs/demo/data
 
-fetches the npm packages @iconify-json/{fluent-emoji, fluent-emoji-flat, noto, twemoji} with `npm pack` (or takes the
-.tgz files of --source), draws every icon on white at 128 x 128 and writes
+fetches the npm packages @iconify-json/{fluent-emoji, fluent-emoji-flat, noto, twemoji} with `npm pack` (or
+takes the .tgz files of --source), draws every icon on white at 128 x 128 and writes
 
     images.npy    (N, 128, 128, 3) uint8, read memory-mapped
-    index.json    {"styles", "concepts": [{"name", "words"}], "icons": [[concept or -1, style], ...], "held_out": [icon, ...]}
+    index.json    {"styles", "concepts": [{"name", "words"}], "icons": [[concept or -1, style], ...],
+    "held_out": [icon, ...]}
 
-Icons of concept -1 (everything outside concepts.txt) only ever teach the autoencoder. Held-out icons are 200 (concept, style)
-pairs that no model sees in training; each of their concepts is seen in the other three styles.
+Icons of concept -1 (everything outside concepts.txt) only ever teach the autoencoder. Held-out icons are 200
+(concept, style) pairs that no model sees in training; each of their concepts is seen in the other three
+styles.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from PIL import Image
 
 SETS = {"fluent": "fluent-emoji", "flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
 STYLES = list(SETS)
+LICENCE = "Apache-2.0; learned from Fluent Emoji (MIT), Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0)"
 SIZE, INNER = 128, 116
 HELD_OUT = 200
 SPLIT_SEED = 20260  # the split is part of the data set: changing it makes published figures incomparable
@@ -35,7 +38,9 @@ SPLIT_SEED = 20260  # the split is part of the data set: changing it makes publi
 
 @dataclasses.dataclass(frozen=True)
 class DemoData:
-    """Pictures and their labels. `images` (N, 128, 128, 3) uint8; `concept`, `style` (N,) int; masks are (N,) bool."""
+    """Pictures and their labels. `images` (N, 128, 128, 3) uint8; `concept`, `style` (N,) int; masks are
+    (N,) bool.
+    """
 
     images: np.ndarray
     concept: np.ndarray
@@ -68,7 +73,9 @@ def fetch(package: str, folder: Path) -> dict:
     """The icons.json of one npm package, packed into `folder` unless it is there already."""
     found = sorted(folder.glob(f"iconify-json-{package}-[0-9]*.tgz"))
     if not found:
-        subprocess.run(["npm", "pack", f"@iconify-json/{package}"], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            ["npm", "pack", f"@iconify-json/{package}"], cwd=folder, check=True, capture_output=True
+        )
         found = sorted(folder.glob(f"iconify-json-{package}-[0-9]*.tgz"))
     with tarfile.open(found[-1]) as archive:
         return json.load(archive.extractfile("package/icons.json"))
@@ -83,7 +90,8 @@ def rasterise(icons: dict, name: str) -> np.ndarray:
     height = icon.get("height", icons.get("height", 16))
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{INNER}" height="{INNER}">'
+        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" '
+        f'width="{INNER}" height="{INNER}">'
         f"{icon['body']}</svg>"
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=INNER, height=INNER))
@@ -123,13 +131,17 @@ def build(out: Path, source: Path | None) -> None:
         "held_out": split(icons, len(concepts)),
     }
     (out / "index.json").write_text(json.dumps(index))
-    print(f"{len(pictures)} pictures of {len(concepts)} concepts and {len(shared)} names in {len(sets)} styles -> {out}")
+    print(
+        f"{len(pictures)} pictures: {len(shared)} names, {len(concepts)} of them concepts, in {len(sets)} styles"
+    )
 
 
 def load(folder: Path) -> DemoData:
     """Read what `build` wrote; pictures stay on disk until used."""
     if not (folder / "index.json").exists():
-        raise FileNotFoundError(f"{folder} holds no demo data: run `python -m training.demo.data --out {folder}` first")
+        raise FileNotFoundError(
+            f"{folder} holds no demo data: run `python -m training.demo.data --out {folder}` first"
+        )
     index = json.loads((folder / "index.json").read_text())
     icons = np.array(index["icons"])
     held_out = np.zeros(len(icons), dtype=bool)

@@ -1,16 +1,19 @@
-"""The demo generator: a small MMDiT-X of exactly SD3.5's kind and its text encoder, trained together by flow matching.
+"""The demo generator: a small MMDiT-X of exactly SD3.5's kind and its text encoder, trained together by flow
+matching.
 
-    python -m training.demo.generator --data runs/demo/data --autoencoder runs/demo/autoencoder/final --out runs/demo/generator
+    python -m training.demo.generator --data runs/demo/data --autoencoder runs/demo/autoencoder/final --out
+    runs/demo/generator
 
-Loss: mean squared error of the velocity, sigma uniform and then shifted by 3 as the stock loader samples it; a tenth of the captions are dropped so
-that CFG works. Averaged weights from
-after 6, 20 and 50 % of the steps are kept: they draw the reward model's bad examples.
+Loss: mean squared error of the velocity, sigma uniform and then shifted by 3 as the stock loader samples it;
+a tenth of the captions are dropped so that CFG works. Averaged weights from after 6, 20 and 50 % of the steps
+are kept: they draw the reward model's bad examples.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +33,14 @@ SHIFT = 3.0
 SNAPSHOTS = (0.06, 0.2, 0.5)
 SAVE_EVERY = 500
 PREVIEW = (
-    "heart, sun, slice of pizza, cat, pumpkin, soccer ball, tree, clock, key, fish, apple, rocket, car, guitar, house, ghost".split(", ")
-)
+    "heart, sun, slice of pizza, cat, pumpkin, soccer ball, tree, clock, key, fish, apple, "
+    "rocket, car, guitar, house, ghost"
+).split(", ")
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """MMDiT-X, depth 4, width 256 (ComfyUI reads depth from the width), dual attention in the first two blocks.
+    """MMDiT-X, depth 4, width 256 (ComfyUI reads depth from the width), dual attention in the first two
+    blocks.
 
     adaLN and output projections start at zero, as in DiT.
     """
@@ -55,7 +60,9 @@ def build_transformer() -> SD3Transformer2DModel:
         qk_norm="rms_norm",
     )
     for name, module in transformer.named_modules():
-        zeroed = name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out"
+        zeroed = (
+            name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out"
+        )
         if zeroed:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -75,7 +82,9 @@ class Generator(nn.Module):
         prompt_embeds, pooled = text.embed(self.text_encoder, ids)
         return self.velocity(latents, sigma, prompt_embeds, pooled)
 
-    def velocity(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self, latents: torch.Tensor, sigma: torch.Tensor, prompt_embeds: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
         """The transformer alone, for samplers that encode a caption once."""
         return self.transformer(
             hidden_states=latents,
@@ -90,10 +99,42 @@ class Generator(nn.Module):
 def encode_icons(demo: data.DemoData, autoencoder: AutoencoderTiny, icons: np.ndarray) -> torch.Tensor:
     """Raw autoencoder latents (N, 16, 16, 16) in float32 of the icons given."""
     batches = np.array_split(icons, max(1, len(icons) // 64))
-    return torch.cat([autoencoder.encoder(to_float(demo.images[batch])) for batch in batches])
+    with bfloat16_autocast("cpu"):
+        return torch.cat([autoencoder.encoder(to_float(demo.images[batch])).float() for batch in batches])
 
 
 @torch.no_grad()
+def guided_denoise(
+    generator: Generator, tokenizer: Tokenizer, captions: list[str], cfg: float
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The (x, sigma) -> x0 that a sampler calls for these captions; one network pass a step when cfg is
+    1, else two in one batch.
+    """
+    size = len(captions)
+    embeds, pooled = text.embed(
+        generator.text_encoder, text.encode_ids(tokenizer, captions + [""] * size * (cfg != 1))
+    )
+
+    @torch.no_grad()
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        both = x.repeat(len(embeds) // size, 1, 1, 1)
+        with bfloat16_autocast(x.device):
+            velocity = generator.velocity(both, sigma.expand(len(both)), embeds, pooled).float()
+        positive, negative = velocity[:size], velocity[-size:]
+        return flow.denoised_from_velocity(x, negative + cfg * (positive - negative), sigma)
+
+    return denoise
+
+
+def initial_noise(seeds: list[int]) -> torch.Tensor:
+    """The starting latents (N, 16, 16, 16) of 128 x 128 pictures, as ComfyUI draws them for a batch of
+    one.
+    """
+    return torch.cat(
+        [torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
 def draw(
     generator: Generator,
     tokenizer: Tokenizer,
@@ -104,33 +145,23 @@ def draw(
     cfg: float = 3.0,
     batch: int = 64,
 ) -> torch.Tensor:
-    """Plain Euler sampling of one 128 x 128 picture a caption: model-space latents (N, 16, 16, 16)."""
-    empty, empty_pooled = text.embed(generator.text_encoder, text.encode_ids(tokenizer, [""]))
+    """Plain Euler sampling of one picture a caption: model-space latents (N, 16, 16, 16)."""
     results = []
     for first in range(0, len(captions), batch):
-        part = captions[first : first + batch]
-        size = len(part)
-        embeds, pooled = text.embed(generator.text_encoder, text.encode_ids(tokenizer, part))
-        embeds = torch.cat([embeds, empty.expand(size, -1, -1)])
-        pooled = torch.cat([pooled, empty_pooled.expand(size, -1)])
-
-        def denoise(x: torch.Tensor, sigma: torch.Tensor, embeds=embeds, pooled=pooled, size=size) -> torch.Tensor:
-            both = torch.cat([x, x])
-            with bfloat16_autocast(x.device):
-                velocity = generator.velocity(both, sigma.expand(len(both)), embeds, pooled).float()
-            positive, negative = velocity.split(size)
-            return flow.denoised_from_velocity(x, negative + cfg * (positive - negative), sigma)
-
-        noise = torch.stack(
-            [torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds[first : first + size]]
+        denoise = guided_denoise(generator, tokenizer, captions[first : first + batch], cfg)
+        noise = initial_noise(seeds[first : first + batch])
+        results.append(
+            stepwise.sample_stepwise(
+                denoise, None, noise, flow.schedule(steps, SHIFT), num_branches=1, noise_level=0.0
+            )[0]
         )
-        latents, _ = stepwise.sample_stepwise(denoise, None, noise, flow.schedule(steps, SHIFT), num_branches=1, noise_level=0.0)
-        results.append(latents)
     return torch.cat(results)
 
 
 @torch.no_grad()
-def decode(autoencoder: AutoencoderTiny, latents: torch.Tensor, statistics: dict[str, float], batch: int = 64) -> np.ndarray:
+def decode(
+    autoencoder: AutoencoderTiny, latents: torch.Tensor, statistics: dict[str, float], batch: int = 64
+) -> np.ndarray:
     """Model-space latents -> (N, H, W, 3) uint8 pictures."""
     raw = latents * statistics["std"] + statistics["mean"]
     with bfloat16_autocast(latents.device):
@@ -143,8 +174,12 @@ def grid(pictures: np.ndarray, columns: int) -> Image.Image:
     return Image.fromarray(np.concatenate(rows, 0))
 
 
-def prepare(folder: Path, data_folder: Path, autoencoder_folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Latents of all captioned icons in model space (mean 0, std 1 over the training icons), cached in `folder`."""
+def prepare(
+    folder: Path, data_folder: Path, autoencoder_folder: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Latents of all captioned icons in model space (mean 0, std 1 over the training icons), cached in
+    `folder`.
+    """
     path = folder / "latents.safetensors"
     statistics_path = folder / "statistics.json"
     if not path.exists():
@@ -193,27 +228,39 @@ def main() -> None:
 
     def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         picked = torch.randint(len(icons), (args.batch,), generator=rng)
-        captions = [text.random_caption(demo.words[demo.concept[icons[i]]], demo.style[icons[i]], rng) for i in picked]
+        captions = [
+            text.random_caption(demo.words[demo.concept[icons[i]]], demo.style[icons[i]], rng) for i in picked
+        ]
         x0 = latents[picked]
         noise = torch.randn(x0.shape, generator=rng)
         # stratified over the batch: the same sigmas a uniform draw gives, with less variance in the loss
         uniform = (torch.arange(args.batch) + torch.rand(args.batch, generator=rng)) / args.batch
         sigma = flow.shift_sigmas(uniform, SHIFT)
         with bfloat16_autocast(x0.device):
-            output = velocity(flow.add_noise(x0, noise, sigma), sigma, text.encode_ids(tokenizer, captions)).float()
+            output = velocity(
+                flow.add_noise(x0, noise, sigma), sigma, text.encode_ids(tokenizer, captions)
+            ).float()
         return (output - (noise - x0)).square().mean(), {}
 
     marks = {max(1, round(share * args.steps / SAVE_EVERY)) * SAVE_EVERY: share for share in SNAPSHOTS}
 
     def on_save(step: int, averaged: torch.nn.Module) -> None:
         captions = [f"{word}, {style} style" for style in data.STYLES for word in PREVIEW]
-        pictures = decode(autoencoder, draw(averaged, tokenizer, captions, list(range(len(captions)))), statistics)
+        pictures = decode(
+            autoencoder, draw(averaged, tokenizer, captions, list(range(len(captions)))), statistics
+        )
         grid(pictures, len(PREVIEW)).save(args.out / f"grid_{step:05d}.png")
         if step in marks:
             save_file(averaged.state_dict(), args.out / f"snapshot_{int(marks[step] * 100):03d}.safetensors")
 
     config = LoopConfig(
-        steps=args.steps, learning_rate=args.learning_rate, warmup=200, decay=0.01, weight_decay=0.01, ema=0.998, save_every=SAVE_EVERY
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        warmup=200,
+        decay=0.01,
+        weight_decay=0.01,
+        ema=0.998,
+        save_every=SAVE_EVERY,
     )
     averaged = train(model, loss_fn, config, args.out, name="generator", on_save=on_save)
     temporary = args.out / "final.tmp"

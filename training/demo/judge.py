@@ -1,9 +1,11 @@
-"""The independent judge: which of the concepts is this picture? A classifier trained from scratch on real pictures only.
+"""The independent judge: which of the concepts is this picture? A classifier trained from scratch on real
+pictures only.
 
     python -m training.demo.judge --data runs/demo/data --out runs/demo/judge
 
-It shares neither weights, nor latents, nor training pairs with the generator or the reward model; it looks at pixels (64 x 64) and reports the
-probability and rank of the concept that was asked for. Heavy augmentation keeps it from knowing the icons by heart.
+It shares neither weights, nor latents, nor training pairs with the generator or the reward model; it looks at
+pixels (64 x 64) and reports the probability and rank of the concept that was asked for. Heavy augmentation
+keeps it from knowing the icons by heart.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ class Residual(nn.Module):
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
-        self.skip = nn.Conv2d(width_in, width, 1, stride, bias=False) if stride > 1 or width_in != width else nn.Identity()
+        self.skip = (
+            nn.Conv2d(width_in, width, 1, stride, bias=False)
+            if stride > 1 or width_in != width
+            else nn.Identity()
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -52,8 +58,12 @@ class Judge(nn.Module):
         self.blocks = nn.Sequential(*(Residual(WIDTHS[max(0, i - 1)], w, 2) for i, w in enumerate(WIDTHS)))
         self.out = nn.Linear(WIDTHS[-1], concepts)
 
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, 192), what pictures look like to the judge."""
+        return self.blocks(F.relu(self.stem(pictures))).mean((2, 3))
+
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.out(self.blocks(F.relu(self.stem(pictures))).mean((2, 3)))
+        return self.out(self.features(pictures))
 
 
 def shrink(pictures: torch.Tensor) -> torch.Tensor:
@@ -71,7 +81,9 @@ def load_judge(path: Path) -> tuple[Judge, list[str]]:
 
 
 @torch.no_grad()
-def judge_pictures(judge: Judge, pictures: np.ndarray, asked: torch.Tensor, batch: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+def judge_pictures(
+    judge: Judge, pictures: np.ndarray, asked: torch.Tensor, batch: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, H, W, 3) uint8 pictures and the concepts asked for (N,) -> (probability (N,), rank (N,) from 1)."""
     parts = [judge(shrink(to_float(pictures[i : i + batch]))) for i in range(0, len(pictures), batch)]
     probabilities = torch.cat(parts).softmax(-1)
@@ -80,7 +92,9 @@ def judge_pictures(judge: Judge, pictures: np.ndarray, asked: torch.Tensor, batc
 
 
 def augment(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random affine, gains and offsets of the channels, blur, noise and a grey patch: (B, 3, H, W) -> the same."""
+    """Random affine, gains and offsets of the channels, blur, noise and a grey patch: (B, 3, H, W) -> the
+    same.
+    """
     batch = len(pictures)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -98,7 +112,9 @@ def augment(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     out = out + uniform(0, 0.15, 1, 1, 1) * torch.randn(out.shape, generator=rng)
     grid = torch.arange(PIXELS) / PIXELS
     top, left, size = uniform(0, 1, 1), uniform(0, 1, 1), uniform(0, 0.35, 1)
-    hole = ((grid > top) & (grid < top + size))[:, :, None] & ((grid > left) & (grid < left + size))[:, None, :]
+    hole = ((grid > top) & (grid < top + size))[:, :, None] & ((grid > left) & (grid < left + size))[
+        :, None, :
+    ]
     return out.masked_fill(hole[:, None], 0.0)
 
 
@@ -130,14 +146,23 @@ def main() -> None:
 
     def on_save(step: int, averaged: torch.nn.Module) -> None:
         # batch norm's statistics are buffers: the averaged weights need their own
-        averaged.load_state_dict({k: v for k, v in judge.state_dict().items() if "running" in k or "num_batches" in k}, strict=False)
+        averaged.load_state_dict(
+            {k: v for k, v in judge.state_dict().items() if "running" in k or "num_batches" in k},
+            strict=False,
+        )
         with torch.no_grad():
             right = averaged(pictures[held_out]).argmax(1) == labels[held_out]
             seen = averaged(pictures[pool]).argmax(1) == labels[pool]
-        figures.update(step=step, held_out_accuracy=right.float().mean().item(), train_accuracy=seen.float().mean().item())
+        figures.update(
+            step=step,
+            held_out_accuracy=right.float().mean().item(),
+            train_accuracy=seen.float().mean().item(),
+        )
         print(f"\nstep {step}: {figures}", flush=True)
 
-    config = LoopConfig(steps=args.steps, learning_rate=2e-3, decay=0.01, weight_decay=0.05, ema=0.99, save_every=500)
+    config = LoopConfig(
+        steps=args.steps, learning_rate=2e-3, decay=0.01, weight_decay=0.05, ema=0.99, save_every=500
+    )
     averaged = train(judge, loss_fn, config, args.out, name="judge", on_save=on_save)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in averaged.state_dict().items()}
     header = {"format": "drm-demo-judge", "concepts": json.dumps(demo.names), "figures": json.dumps(figures)}

@@ -1,15 +1,18 @@
-"""The demo reward model: the generator cut off before its last block, a head, and Bradley-Terry on pairs made here.
+"""The demo reward model: the generator cut off before its last block, a head, and Bradley-Terry on pairs made
+here.
 
     python -m training.demo.reward --generator runs/demo/generator --out runs/demo/reward
-    python -m training.demo.reward --random-backbone --out runs/demo/reward_random      # the ablation, equal steps
+    python -m training.demo.reward --random-backbone --out runs/demo/reward_random      # the ablation, equal
+    steps
 
 The preferred picture is the real icon of a caption. The other one is
     wrong      another caption's icon: another concept, or the same concept in another style
     degraded   the same icon blurred, recoloured, warped, covered by noise, or with a piece cut out
     generated  what the generator draws for that caption, with early or final weights, few or many steps
-A fourth kind, "drawn", sets a final picture of the generator's against an early one or one of another caption, so that the model also learns to rank
-what it will meet in a sampler. Both pictures of a pair get the same noise at the same sigma, uniform in (0, 1). No pair of a held-out concept,
-and no held-out icon, is seen in training.
+A fourth kind, "drawn", sets a final picture of the generator's against an early one or one of another
+caption, so that the model also learns to rank what it will meet in a sampler. Both pictures of a pair get the
+same noise at the same sigma, uniform in (0, 1). No pair of a held-out concept, and no held-out icon, is seen
+in training.
 """
 
 from __future__ import annotations
@@ -40,7 +43,13 @@ HELD_OUT_CONCEPTS = 48
 KINDS = ("wrong", "degraded", "generated", "drawn")
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
 # (weights, steps, cfg) of what the generator draws; the last one is its best
-DRAWINGS = (("snapshot_006", 10, 2.0), ("snapshot_020", 10, 2.0), ("final", 5, 2.0), ("final", 16, 1.0), ("final", 16, 3.0))
+DRAWINGS = (
+    ("snapshot_006", 10, 2.0),
+    ("snapshot_020", 10, 2.0),
+    ("final", 5, 2.0),
+    ("final", 16, 1.0),
+    ("final", 16, 3.0),
+)
 
 
 def degrade(pictures: torch.Tensor, kind: str, rng: torch.Generator) -> torch.Tensor:
@@ -56,7 +65,9 @@ def degrade(pictures: torch.Tensor, kind: str, rng: torch.Generator) -> torch.Te
 
     strength = uniform(0.35, 1.0, 1, 1, 1)
     if kind == "blur":
-        wide = F.avg_pool2d(F.avg_pool2d(pictures, 13, 1, 6, count_include_pad=False), 9, 1, 4, count_include_pad=False)
+        wide = F.avg_pool2d(
+            F.avg_pool2d(pictures, 13, 1, 6, count_include_pad=False), 9, 1, 4, count_include_pad=False
+        )
         return torch.lerp(pictures, wide, strength)
     if kind == "colour":
         ink = 1 - pictures
@@ -64,20 +75,31 @@ def degrade(pictures: torch.Tensor, kind: str, rng: torch.Generator) -> torch.Te
         return 1 - torch.lerp(ink, turned * uniform(0.5, 1.2, 3, 1, 1), strength)
     if kind == "warp":
         shift = field(2, 5).permute(0, 2, 3, 1) * 0.16 * strength
-        identity = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), list(pictures.shape), align_corners=False)
+        identity = F.affine_grid(
+            torch.eye(2, 3).expand(batch, 2, 3), list(pictures.shape), align_corners=False
+        )
         return F.grid_sample(pictures - 1, identity + shift, align_corners=False) + 1
     if kind == "noise":
         return pictures + strength * (0.25 * torch.randn(pictures.shape, generator=rng) + 0.35 * field(3, 16))
     rows, columns = torch.arange(height) / height, torch.arange(width) / width
-    top, left, tall, wide_ = uniform(0.1, 0.6, 1), uniform(0.1, 0.6, 1), uniform(0.2, 0.5, 1), uniform(0.2, 0.5, 1)
-    hole = ((rows > top) & (rows < top + tall))[:, :, None] & ((columns > left) & (columns < left + wide_))[:, None, :]
+    top, left, tall, wide_ = (
+        uniform(0.1, 0.6, 1),
+        uniform(0.1, 0.6, 1),
+        uniform(0.2, 0.5, 1),
+        uniform(0.2, 0.5, 1),
+    )
+    hole = ((rows > top) & (rows < top + tall))[:, :, None] & ((columns > left) & (columns < left + wide_))[
+        :, None, :
+    ]
     filler = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, torch.ones(()), pictures.roll(height // 2, 2).flip(3))
     return torch.where(hole[:, None], filler, pictures).clamp(-1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Model-space latents by icon: real (N, ...), degraded (N, 5, ...), drawn (N, 5, ...); labels concept, style (N,)."""
+    """Model-space latents by icon: real (N, ...), degraded (N, 5, ...), drawn (N, 5, ...); labels
+    concept, style (N,).
+    """
 
     real: torch.Tensor
     degraded: torch.Tensor
@@ -103,7 +125,9 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
             pictures = to_float(demo.images[icons[part]])
             for j, kind in enumerate(DEGRADATIONS):
                 with bfloat16_autocast("cpu"):
-                    raw = autoencoder.encoder(degrade(pictures, kind, rng).contiguous(memory_format=torch.channels_last)).float()
+                    raw = autoencoder.encoder(
+                        degrade(pictures, kind, rng).contiguous(memory_format=torch.channels_last)
+                    ).float()
                 degraded[part, j] = (raw - statistics["mean"]) / statistics["std"]
         print("degraded pictures encoded", flush=True)
         captions = [demo.caption(icon) for icon in icons]
@@ -123,13 +147,21 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
 
 
 def other_icon(pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """For each icon another of `allowed`: three times in four another concept's, else the same concept in another style."""
+    """For each icon another of `allowed`: three times in four another concept's, else the same concept in
+    another style.
+    """
     candidates = torch.flatnonzero(allowed)
     picked = candidates[torch.randint(len(candidates), icons.shape, generator=rng)]
     clash = pool.concept[picked] == pool.concept[icons]
-    picked = torch.where(clash, candidates[(torch.searchsorted(candidates, icons) + len(candidates) // 3) % len(candidates)], picked)
+    picked = torch.where(
+        clash,
+        candidates[(torch.searchsorted(candidates, icons) + len(candidates) // 3) % len(candidates)],
+        picked,
+    )
     for i in torch.flatnonzero(torch.rand(icons.shape, generator=rng) < 0.25).tolist():
-        siblings = torch.flatnonzero(allowed & (pool.concept == pool.concept[icons[i]]) & (pool.style != pool.style[icons[i]]))
+        siblings = torch.flatnonzero(
+            allowed & (pool.concept == pool.concept[icons[i]]) & (pool.style != pool.style[icons[i]])
+        )
         if len(siblings):
             picked[i] = siblings[torch.randint(len(siblings), (), generator=rng)]
     return picked
@@ -143,7 +175,9 @@ def pairs(
     if kind == "wrong":
         return pool.real[icons], pool.real[other_icon(pool, icons, allowed, rng)]
     if kind == "degraded":
-        return pool.real[icons], pool.degraded[icons, torch.randint(len(DEGRADATIONS), (size,), generator=rng)]
+        return pool.real[icons], pool.degraded[
+            icons, torch.randint(len(DEGRADATIONS), (size,), generator=rng)
+        ]
     if kind == "generated":
         return pool.real[icons], pool.drawn[icons, torch.randint(len(DRAWINGS), (size,), generator=rng)]
     early = pool.drawn[icons, torch.randint(best, (size,), generator=rng)]
@@ -229,18 +263,32 @@ def main() -> None:
             return text.embed(generator.text_encoder, text.encode_ids(tokenizer, captions))
 
     def embed_icons(icons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return embed_ids([f"{demo.words[pool.concept[i]][0]}, {data.STYLES[pool.style[i]]} style" for i in icons])
+        return embed_ids(
+            [f"{demo.words[pool.concept[i]][0]}, {data.STYLES[pool.style[i]]} style" for i in icons]
+        )
 
     def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         icons = train_icons[torch.randint(len(train_icons), (args.batch,), generator=rng)]
-        chosen, rejected = (torch.cat(side) for side in zip(
-            *(pairs(pool, part, kind, pool.trained, rng) for kind, part in zip(KINDS, icons.chunk(len(KINDS)), strict=True)),
-            strict=True,
-        ))
-        captions = [text.random_caption(demo.words[pool.concept[i]], pool.style[i], rng, empty=0.0, unstyled=0.0) for i in icons]
+        chosen, rejected = (
+            torch.cat(side)
+            for side in zip(
+                *(
+                    pairs(pool, part, kind, pool.trained, rng)
+                    for kind, part in zip(KINDS, icons.chunk(len(KINDS)), strict=True)
+                ),
+                strict=True,
+            )
+        )
+        captions = [
+            text.random_caption(demo.words[pool.concept[i]], pool.style[i], rng, empty=0.0, unstyled=0.0)
+            for i in icons
+        ]
         sigma = torch.rand(args.batch, generator=rng)
         win, lose = score_pair(compiled, chosen, rejected, sigma, *embed_ids(captions), rng)
-        figures = {"accuracy": preference.preference_accuracy(win, lose), "margin": (win - lose).mean().item()}
+        figures = {
+            "accuracy": preference.preference_accuracy(win, lose),
+            "margin": (win - lose).mean().item(),
+        }
         return preference.bradley_terry_loss(win, lose), figures
 
     table: dict[str, list[float]] = {}
@@ -250,18 +298,22 @@ def main() -> None:
         rows = "  ".join(f"{kind} {' / '.join(f'{a:.3f}' for a in row)}" for kind, row in table.items())
         print(f"\nstep {step}: {rows}", flush=True)
 
-    config = LoopConfig(steps=args.steps, learning_rate=4e-4, decay=0.02, weight_decay=0.01, ema=0.995, save_every=500)
+    config = LoopConfig(
+        steps=args.steps, learning_rate=4e-4, decay=0.02, weight_decay=0.01, ema=0.995, save_every=500
+    )
     averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
     if not table:
         on_save(args.steps, averaged)
-    (args.out / "accuracy.json").write_text(json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": table}))
+    (args.out / "accuracy.json").write_text(
+        json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": table})
+    )
     facts = {
         "name": "DRM demo, emoji",
         "text_length": text.LENGTH,
         "calibration": calibrate(averaged, pool, embed_icons),
         "accuracy": table,
         "pairs": args.steps * args.batch,
-        "license": "Apache-2.0; learned from Fluent Emoji (MIT), Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0)",
+        "license": data.LICENCE,
     }
     save_drm(averaged, args.out / "reward.safetensors", metadata=facts, dtype=torch.float16)
     print(f"reward model -> {args.out / 'reward.safetensors'}")

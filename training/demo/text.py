@@ -1,6 +1,7 @@
 """The demo's text side: captions, a byte-level BPE tokenizer of their words, and a small CLIPTextModel.
 
-A caption is BOS + tokens + EOS, filled with the pad token to exactly 20; there is no attention mask, as in SD3.
+A caption is BOS + tokens + EOS, filled with the pad token to exactly 20; there is no attention mask, as in
+SD3.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def embed(text_encoder: CLIPTextModel, ids: torch.Tensor) -> tuple[torch.Tensor,
 def random_caption(
     words: list[str], style: int, generator: torch.Generator, *, empty: float = 0.1, unstyled: float = 0.1
 ) -> str:
-    """A caption a person might write for this icon; with the probabilities given, an empty one or one without its style."""
+    """A caption a person might write for this icon; with the probabilities given, an empty one or one
+    without its style.
+    """
     kind, word, template = torch.rand(3, generator=generator).tolist()
     if kind < empty:
         return ""
