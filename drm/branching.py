@@ -23,6 +23,8 @@ _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 # Triton's constant: the largest float with 2^31 * scale < 1.
 _SCALE = 4.6566127342e-10
+# Counters at a time on a CPU: they stay in cache, and below the size where torch wakes its other threads.
+_CPU_COUNTERS = 8192
 
 
 def philox4x32(
@@ -63,6 +65,14 @@ def _words(values: Sequence[int], name: str, device: torch.device | str) -> Tens
     return torch.tensor(list(values), dtype=torch.int64, device=device)
 
 
+def _normals(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> Tensor:
+    """Four normals of every counter, side by side: (rows, len(c0), 4)."""
+    words = philox4x32(c0, c1, c2, c3, seed & _MASK, seed >> 32)
+    n0, n1 = uniform_pair_to_normal(uint_to_uniform(words[0]), uint_to_uniform(words[1]))
+    n2, n3 = uniform_pair_to_normal(uint_to_uniform(words[2]), uint_to_uniform(words[3]))
+    return torch.stack((n0, n1, n2, n3), dim=-1)
+
+
 def candidate_noise(
     shape: Sequence[int],
     seed: int,
@@ -75,17 +85,17 @@ def candidate_noise(
 
     Row [i, j] equals `branch_noise(shape, seed, step, items[i], branches[j])` bit for bit.
     """
-    size = math.prod(shape)
-    c0 = torch.arange((size + 3) // 4, dtype=torch.int64, device=device)
+    size, device = math.prod(shape), torch.device(device)
+    counters = (size + 3) // 4
+    c0 = torch.arange(counters, dtype=torch.int64, device=device)
     c1 = _words([step], "step", device)
-    c2 = _words(items, "item", device).reshape(-1, 1, 1)
-    c3 = _words(branches, "branch", device).reshape(1, -1, 1)
-    seed = int(seed) % 2**64
-    words = philox4x32(c0, c1, c2, c3, seed & _MASK, seed >> 32)
-    n0, n1 = uniform_pair_to_normal(uint_to_uniform(words[0]), uint_to_uniform(words[1]))
-    n2, n3 = uniform_pair_to_normal(uint_to_uniform(words[2]), uint_to_uniform(words[3]))
-    normals = torch.stack((n0, n1, n2, n3), dim=-1).flatten(2)[..., :size]
-    return normals.reshape(len(items), len(branches), *shape)
+    c2 = _words(items, "item", device).repeat_interleave(len(branches)).reshape(-1, 1)
+    c3 = _words(branches, "branch", device).repeat(len(items)).reshape(-1, 1)
+    rows = max(1, _CPU_COUNTERS // max(counters, 1)) if device.type == "cpu" else max(len(c2), 1)
+    normals = torch.empty(len(c2), counters, 4, device=device)
+    for part, item, branch in zip(normals.split(rows), c2.split(rows), c3.split(rows), strict=True):
+        part.copy_(_normals(c0, c1, item, branch, int(seed) % 2**64))
+    return normals.flatten(1)[:, :size].reshape(len(items), len(branches), *shape)
 
 
 def branch_noise(
