@@ -1,4 +1,4 @@
-"""The pack's nodes. ComfyUI imports this at start-up: nothing here or below brings in diffusers or transformers."""
+"""The pack's nodes. ComfyUI imports this at start-up, so diffusers and transformers are imported later."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -14,7 +14,7 @@ class DRMExtension(ComfyExtension):
     """The six nodes, the model folders they read and the hook that brings traces into saved pictures."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        # Not in on_load, which ComfyUI 0.3.75 never calls. The folders must be known before the nodes are asked.
+        # Not in on_load, which ComfyUI 0.3.75 never calls; the nodes need the folders when asked for inputs.
         folders.register()
         trace_metadata.register()
         return [

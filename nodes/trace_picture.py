@@ -59,7 +59,7 @@ def draw_trace(
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     unit = min(width / 768, height / 432)
-    font = ImageFont.load_default(size=11.5 * unit)
+    font = ImageFont.load_default(size=13.5 * unit)
     draw.text((16 * unit, 12 * unit), _title(trace, item, relative), INK, font=font)
     flat = [score for row in rows if row is not None for score in row]
     if not flat:
@@ -68,10 +68,10 @@ def draw_trace(
         return picture.resize(size, Image.Resampling.LANCZOS)
     margin = 0.08 * (max(flat) - min(flat)) or 0.5
     axes = Axes(
-        left=64 * unit,
-        top=40 * unit,
+        left=72 * unit,
+        top=44 * unit,
         right=width - 20 * unit,
-        bottom=height - 52 * unit,
+        bottom=height - 54 * unit,
         steps=len(rows),
         low=min(flat) - margin,
         high=max(flat) + margin,
@@ -82,15 +82,15 @@ def draw_trace(
 
 
 def _title(trace: "Trace", item: int, relative: bool) -> str:
-    what = "DRM score above the step's mean" if relative else "DRM score"
+    what = "DRM score of each candidate" + (", above its step's mean" if relative else "")
     return (
-        f"{what} of each candidate   |   picture {trace.item_ids[item]}, seed {trace.seed},"
+        f"{what}   |   picture {trace.item_ids[item]}, seed {trace.seed},"
         f" {trace.num_branches} branches,"
         f" {trace.kind} {trace.noise_level:g}"
     )
 
 
-def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def _ticks(low: float, high: float, wanted: int = 6) -> list[float]:
     """Round numbers within [low, high]."""
     raw = (high - low) / wanted
     power = 10 ** math.floor(math.log10(raw))
@@ -105,19 +105,19 @@ def _draw_grid(
         y = axes.y(value)
         draw.line([(axes.left, y), (axes.right, y)], GRID, width=round(unit))
         draw.text((axes.left - 8 * unit, y), f"{value:.4g}", INK, font=font, anchor="rm")
-    every = math.ceil(axes.steps / max(1, (axes.right - axes.left) / (46 * unit)))
+    every = math.ceil(axes.steps / max(1, (axes.right - axes.left) / (42 * unit)))
     for i, step in enumerate(trace.steps):
         if i % every == 0:
             draw.text((axes.x(i), axes.bottom + 8 * unit), str(i + 1), INK, font=font, anchor="mt")
             draw.text(
-                (axes.x(i), axes.bottom + 23 * unit),
+                (axes.x(i), axes.bottom + 25 * unit),
                 f"{step.sigma_next:.2f}",
                 "#8a8a8a",
                 font=font,
                 anchor="mt",
             )
     draw.text((axes.left - 8 * unit, axes.bottom + 8 * unit), "step", INK, font=font, anchor="rt")
-    draw.text((axes.left - 8 * unit, axes.bottom + 23 * unit), "sigma", "#8a8a8a", font=font, anchor="rt")
+    draw.text((axes.left - 8 * unit, axes.bottom + 25 * unit), "sigma", "#8a8a8a", font=font, anchor="rt")
     draw.line(
         [(axes.left, axes.top), (axes.left, axes.bottom), (axes.right, axes.bottom)], INK, width=round(unit)
     )

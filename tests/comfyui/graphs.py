@@ -85,7 +85,7 @@ def score_graph(**changes: Any) -> Graph:
 
 
 def custom_graph(prefix: str = "custom", noise_seed: int = 5, steps: int = 3, **changes: Any) -> Graph:
-    """models(), then Step-wise Sampler 7, SamplerCustomAdvanced 11, VAE Decode 12, Save Image 13, Trace Plot 14."""
+    """models(), StepwiseSampler 7, SamplerCustomAdvanced 11, VAE Decode 12, Save Image 13, Trace Plot 14."""
     inputs = {
         "drm": ["3", 0],
         "positive": ["4", 0],

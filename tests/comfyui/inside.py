@@ -88,7 +88,7 @@ class Inside:
 
 
 def write_lora(path: Path, hidden: int, seed: int = 0) -> Path:
-    """A small random LoRA on the attention of the first block, with the keys diffusers and ComfyUI both read."""
+    """A small random LoRA on the first block's attention, with keys that diffusers and ComfyUI both read."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,168 @@
+"""What a real server says about the nodes: names, sockets, help, start-up."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+
+import pytest
+
+from tools.comfy_server import COMFYUI, ROOT
+
+NODES = {
+    "DRMLoader": ("DRM Loader", ["drm_name", "dtype"], ["DRM_MODEL"]),
+    "DRMScoreLatent": (
+        "DRM Score Latent",
+        ["drm", "latent", "positive", "sigma", "latent_is", "noise_draws", "seed"],
+        ["FLOAT", "STRING", "LATENT", "LATENT"],
+    ),
+    "StepwiseKSampler": (
+        "Step-wise KSampler",
+        (
+            "model drm seed steps cfg scheduler positive negative latent_image denoise"
+            " num_branches noise_level kind branch_start branch_end"
+        ).split(),
+        ["LATENT", "DRM_TRACE"],
+    ),
+    "StepwiseSampler": (
+        "Step-wise Sampler",
+        ["drm", "positive", "num_branches", "noise_level", "kind", "branch_start", "branch_end", "seed"],
+        ["SAMPLER", "DRM_TRACE"],
+    ),
+    "DRMTracePlot": ("DRM Trace Plot", ["trace", "item", "scores", "width", "height", "latent"], ["IMAGE"]),
+    "DRMDemoCLIPLoader": ("DRM Demo CLIP Loader", ["clip_name"], ["CLIP"]),
+}
+
+
+@pytest.fixture(scope="module")
+def ours(server):
+    """object_info of this pack's nodes."""
+    everything = server.object_info()
+    return {key: info for key, info in everything.items() if info["python_module"].endswith("ComfyUI-DRM")}
+
+
+def test_the_pack_has_these_nodes(ours):
+    assert set(ours) == set(NODES)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_names_and_sockets(ours, node_id):
+    display_name, inputs, outputs = NODES[node_id]
+    info = ours[node_id]
+    order = [name for kind in ("required", "optional") for name in info["input_order"].get(kind, [])]
+    assert (info["display_name"], order, info["output"]) == (display_name, inputs, outputs)
+    assert info["category"] == "DRM"
+    assert info["description"]
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_input_and_output_has_a_tooltip(ours, node_id):
+    info = ours[node_id]
+    sockets = {**info["input"]["required"], **info["input"].get("optional", {})}
+    assert [name for name, (_, options) in sockets.items() if not options.get("tooltip")] == []
+    assert all(info["output_tooltips"])
+
+
+def test_scores_are_a_list(ours):
+    assert ours["DRMScoreLatent"]["output_is_list"] == [True, False, False, False]
+    assert ours["DRMScoreLatent"]["output_name"] == ["scores", "ranks", "best", "sorted"]
+
+
+def test_sampler_offers_what_ksampler_offers(server, ours):
+    stock = server.object_info("KSampler")["input"]["required"]
+    sampler = ours["StepwiseKSampler"]["input"]["required"]
+    assert set(stock) - {"sampler_name"} <= set(sampler)
+    assert sampler["scheduler"][1]["options"] == stock["scheduler"][0]
+    assert sampler["seed"][1]["control_after_generate"] is True
+    for name in ("seed", "steps", "cfg", "denoise"):
+        assert {key: sampler[name][1][key] for key in ("min", "max")} == {
+            key: stock[name][1][key] for key in ("min", "max")
+        }
+
+
+def test_models_folder_lists_only_safetensors(server, base_dir):
+    for name in ("old.pt", "old.ckpt", "notes.md"):
+        (base_dir / "models" / "drm" / name).write_bytes(b"not a model")
+    listed = server.object_info("DRMLoader")["input"]["required"]["drm_name"][1]["options"]
+    assert "drm_demo_emoji.safetensors" in listed
+    assert all(name.endswith(".safetensors") for name in listed)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_node_has_a_help_page(server, node_id):
+    page = server.request(f"/extensions/ComfyUI-DRM/docs/{node_id}.md", None, "", 10).decode()
+    assert page.startswith(f"# {NODES[node_id][0]}")
+
+
+def test_graphs_are_offered_as_templates(server):
+    try:
+        templates = server.get("/workflow_templates")
+    except urllib.error.HTTPError as error:
+        pytest.fail(str(error))
+    graphs = {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    assert set(templates["ComfyUI-DRM"]) == graphs
+    assert graphs == {"stepwise_sampling", "score_latents", "stepwise_custom_sampler"}
+
+
+STARTUP = """
+import asyncio, builtins, importlib.util, json, sys, time
+comfyui, root = sys.argv[1:]
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, comfyui)
+import comfy.options
+comfy.options.enable_args_parsing()
+import nodes, server, comfy.sd, comfy_api.latest, latent_preview
+loop = asyncio.new_event_loop()
+asyncio.set_event_loop(loop)
+server.PromptServer(loop)
+before = set(sys.modules)
+# ComfyUI itself imports transformers; whoever asks for it from now on fails.
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("transformers", "diffusers", "tokenizers"):
+        sys.modules[name] = None
+started = time.process_time()
+entry = root + "/__init__.py"
+spec = importlib.util.spec_from_file_location("pack", entry, submodule_search_locations=[root])
+pack = importlib.util.module_from_spec(spec)
+sys.modules["pack"] = pack
+spec.loader.exec_module(pack)
+extension = loop.run_until_complete(pack.comfy_entrypoint())
+count = len(loop.run_until_complete(extension.get_node_list()))
+seconds = time.process_time() - started
+new = sorted(name for name in set(sys.modules) - before if sys.modules[name] is not None)
+print("RESULT" + json.dumps({"count": count, "seconds": seconds, "new": new}))
+"""
+
+
+@pytest.fixture(scope="module")
+def startup(tmp_path_factory):
+    """What happens when ComfyUI, all of its own modules loaded, loads this pack."""
+    command = [sys.executable, "-c", STARTUP, str(COMFYUI), str(ROOT)]
+    done = subprocess.run(
+        command, cwd=tmp_path_factory.mktemp("start"), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.partition("RESULT")[2])
+
+
+def test_start_up_imports_neither_diffusers_nor_transformers(startup):
+    assert startup["count"] == len(NODES)
+    foreign = {name.partition(".")[0] for name in startup["new"]} - {"pack"}
+    assert not foreign & {"diffusers", "transformers", "tokenizers", "matplotlib", "peft", "accelerate"}
+
+
+def test_start_up_is_quick(startup):
+    assert startup["seconds"] < 0.5
+
+
+def test_root_imports_outside_comfyui(tmp_path):
+    code = "import importlib.util as u, sys; s = u.spec_from_file_location('p', sys.argv[1]);"
+    code += (
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.WEB_DIRECTORY, 'torch' in sys.modules)"
+    )
+    started = time.perf_counter()
+    command = [sys.executable, "-c", code, str(ROOT / "__init__.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["./web", "False"], done.stderr
+    assert time.perf_counter() - started < 10
