@@ -132,7 +132,7 @@ def build(out: Path, source: Path | None) -> None:
     }
     (out / "index.json").write_text(json.dumps(index))
     print(
-        f"{len(pictures)} pictures: {len(shared)} names, {len(concepts)} of them concepts, in {len(sets)} styles"
+        f"{len(pictures)} pictures: {len(shared)} names, {len(concepts)} of them concepts"
     )
 
 

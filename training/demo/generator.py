@@ -191,7 +191,7 @@ def prepare(
         statistics = {"mean": raw[seen].mean().item(), "std": raw[seen].std().item()}
         latents = (raw - statistics["mean"]) / statistics["std"]
         statistics_path.write_text(json.dumps(statistics))
-        save_file({"icon": torch.from_numpy(icons), "latents": latents}, path)
+        save_file({"icon": torch.from_numpy(icons), "latents": latents.contiguous()}, path)
     return load_file(path), json.loads(statistics_path.read_text())
 
 
