@@ -26,6 +26,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 SETS = {"fluent": "fluent-emoji", "flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
@@ -56,6 +57,11 @@ class DemoData:
     def caption(self, icon: int) -> str:
         """The canonical caption, as the bundled graphs write it: 'cat face, noto style'."""
         return f"{self.words[self.concept[icon]][0]}, {STYLES[self.style[icon]]} style"
+
+
+def indices(mask: torch.Tensor) -> torch.Tensor:
+    """Where a (N,) mask is true, (M,) int64."""
+    return torch.argwhere(mask).flatten()
 
 
 def read_concepts() -> list[tuple[str, list[str]]]:
@@ -131,9 +137,7 @@ def build(out: Path, source: Path | None) -> None:
         "held_out": split(icons, len(concepts)),
     }
     (out / "index.json").write_text(json.dumps(index))
-    print(
-        f"{len(pictures)} pictures: {len(shared)} names, {len(concepts)} of them concepts"
-    )
+    print(f"{len(pictures)} pictures: {len(shared)} names, {len(concepts)} of them concepts")
 
 
 def load(folder: Path) -> DemoData:

@@ -54,6 +54,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str])
         temporary,
         metadata=metadata,
     )
+    temporary.chmod(0o644)  # safetensors makes files only their owner can read
     os.replace(temporary, path)
 
 

@@ -131,7 +131,7 @@ def main() -> None:
     icons = np.flatnonzero(demo.concept >= 0)
     pictures = torch.cat([shrink(to_float(part)) for part in np.array_split(demo.images[icons], 16)])
     labels, held_out = torch.from_numpy(demo.concept[icons]), torch.from_numpy(demo.held_out[icons])
-    pool = torch.flatnonzero(~held_out)
+    pool = data.indices(~held_out)
     judge = Judge(len(demo.names)).to(memory_format=torch.channels_last)
 
     def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:

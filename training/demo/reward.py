@@ -150,7 +150,7 @@ def other_icon(pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torc
     """For each icon another of `allowed`: three times in four another concept's, else the same concept in
     another style.
     """
-    candidates = torch.flatnonzero(allowed)
+    candidates = data.indices(allowed)
     picked = candidates[torch.randint(len(candidates), icons.shape, generator=rng)]
     clash = pool.concept[picked] == pool.concept[icons]
     picked = torch.where(
@@ -158,8 +158,8 @@ def other_icon(pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torc
         candidates[(torch.searchsorted(candidates, icons) + len(candidates) // 3) % len(candidates)],
         picked,
     )
-    for i in torch.flatnonzero(torch.rand(icons.shape, generator=rng) < 0.25).tolist():
-        siblings = torch.flatnonzero(
+    for i in data.indices(torch.rand(icons.shape, generator=rng) < 0.25).tolist():
+        siblings = data.indices(
             allowed & (pool.concept == pool.concept[icons[i]]) & (pool.style != pool.style[icons[i]])
         )
         if len(siblings):
@@ -199,7 +199,7 @@ def build_drm(generator_folder: Path, *, random_backbone: bool) -> DRM:
 @torch.no_grad()
 def evaluate(drm: DRM, pool: Pool, embed, *, rounds: int = 2) -> dict[str, list[float]]:
     """Accuracy on held-out concepts by loser type, in the four quarters of sigma from low to high."""
-    icons = torch.flatnonzero(pool.tested)
+    icons = data.indices(pool.tested)
     table = {}
     for kind in KINDS:
         rng = torch.Generator().manual_seed(KINDS.index(kind))
@@ -228,7 +228,7 @@ def score_pair(drm, chosen, rejected, sigma, prompt_embeds, pooled, rng) -> tupl
 @torch.no_grad()
 def calibrate(drm: DRM, pool: Pool, embed) -> dict[str, list[float]]:
     """Mean and std of the scores of real held-out icons by sigma, for the file's header."""
-    icons = torch.flatnonzero(pool.tested)
+    icons = data.indices(pool.tested)
     rng = torch.Generator().manual_seed(99)
     scores, sigmas = [], []
     for _ in range(8):
@@ -256,7 +256,7 @@ def main() -> None:
     generator, tokenizer = load_generator(args.generator)
     drm = build_drm(args.generator, random_backbone=args.random_backbone)
     compiled = torch.compile(drm)
-    train_icons = torch.flatnonzero(pool.trained)
+    train_icons = data.indices(pool.trained)
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():

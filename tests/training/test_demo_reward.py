@@ -1,0 +1,81 @@
+"""Pairs the demo reward model learns from: what is spoiled, what is another caption's, what is never seen."""
+
+import pytest
+import torch
+
+from training.demo import reward
+from training.demo.reward import DEGRADATIONS, DRAWINGS, Pool, degrade, other_icon, pairs
+
+
+def make_pool(concepts=12, styles=4):
+    """Latents that say which icon and variant they are: value = icon, + 0.1 * (1 + variant) for spoiled,
+    + 100 for drawn.
+    """
+    count = concepts * styles
+    index = torch.arange(count)
+    shape = (count, 1, 1, 1)
+    real = index.float().reshape(shape)
+    degraded = real[:, None] + 0.1 * torch.arange(1, 1 + len(DEGRADATIONS)).reshape(1, -1, 1, 1, 1)
+    drawn = real[:, None] + 100 * torch.arange(1, 1 + len(DRAWINGS)).reshape(1, -1, 1, 1, 1)
+    concept, style = index // styles, index % styles
+    return Pool(real, degraded, drawn, concept, style, trained=concept < 8, tested=concept >= 8)
+
+
+@pytest.mark.parametrize("kind", DEGRADATIONS)
+def test_degradations_change_pictures_and_repeat_with_their_seed(kind):
+    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    spoiled = degrade(pictures, kind, torch.Generator().manual_seed(5))
+    assert spoiled.shape == pictures.shape
+    assert torch.isfinite(spoiled).all()
+    assert ((spoiled - pictures).abs().mean((1, 2, 3)) > 0.02).all()
+    torch.testing.assert_close(spoiled, degrade(pictures, kind, torch.Generator().manual_seed(5)))
+
+
+def test_another_icon_is_never_the_same_and_stays_inside_what_is_allowed():
+    pool = make_pool()
+    icons = torch.argwhere(pool.trained).flatten().repeat(20)
+    picked = other_icon(pool, icons, pool.trained, torch.Generator().manual_seed(0))
+    assert pool.trained[picked].all()
+    assert (picked != icons).all()
+    same_concept = pool.concept[picked] == pool.concept[icons]
+    assert 0.15 < same_concept.float().mean() < 0.35
+
+
+def test_pairs_hold_what_they_are_named_for():
+    pool = make_pool()
+    icons = torch.argwhere(pool.tested).flatten()
+    chosen, rejected = pairs(pool, icons, "degraded", pool.tested, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(chosen.flatten(), icons.float())
+    assert ((rejected - chosen) > 0.05).all()
+    assert ((rejected - chosen) < 0.55).all()
+    _, rejected = pairs(pool, icons, "wrong", pool.tested, torch.Generator().manual_seed(0))
+    assert pool.tested[rejected.flatten().long()].all()
+    _, rejected = pairs(pool, icons, "generated", pool.tested, torch.Generator().manual_seed(0))
+    assert (rejected.flatten() % 100 == icons).all()
+    chosen, rejected = pairs(pool, icons, "drawn", pool.tested, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(chosen.flatten(), icons + 100.0 * len(DRAWINGS))
+    assert (rejected != chosen).all()
+
+
+def test_both_sides_of_a_pair_meet_one_noise_at_one_sigma():
+    seen = {}
+
+    def drm(latents, sigma, prompt_embeds, pooled):
+        seen.update(latents=latents, sigma=sigma)
+        return latents.mean((1, 2, 3))
+
+    chosen, rejected = torch.ones(2, 16, 4, 4), torch.zeros(2, 16, 4, 4)
+    sigma = torch.tensor([0.25, 0.75])
+    reward.score_pair(
+        drm,
+        chosen,
+        rejected,
+        sigma,
+        torch.zeros(2, 20, 8),
+        torch.zeros(2, 8),
+        torch.Generator().manual_seed(3),
+    )
+    torch.testing.assert_close(seen["sigma"], torch.tensor([0.25, 0.75, 0.25, 0.75]))
+    difference = seen["latents"][:2] - seen["latents"][2:]
+    expected = (1 - sigma).reshape(2, 1, 1, 1) * torch.ones(2, 16, 4, 4)
+    torch.testing.assert_close(difference, expected, atol=1e-6, rtol=0)
