@@ -101,3 +101,9 @@ def test_page_names_unknown_nodes(page):
     report = page.open_workflow(WORKFLOW | {"nodes": nodes}, name="harness_unknown_node")
     assert report.missing_types == ["NoSuchNode"]
     assert any("NoSuchNode" in dialog for dialog in report.dialogs)
+
+
+def test_pack_imports_in_this_process(pack):
+    extension = pack.module("nodes").DRMExtension
+    assert extension.__module__.startswith(pack.name)
+    assert pack.module("drm.flow").__name__ == f"{pack.name}.drm.flow"
