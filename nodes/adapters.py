@@ -27,12 +27,19 @@ LATENT_FORMAT = comfy.latent_formats.SD3()
 SD3_SHIFT = 3.0
 
 
+def check_choice(name: str, value: str, choices: list[str]) -> None:
+    """Raises ValueError for a value that is not in a combo's list, which ComfyUI 0.3.75 lets through."""
+    if value not in choices:
+        raise ValueError(f"{name} is '{value}': choose one of {', '.join(choices)}")
+
+
 def load_drm_patcher(kind: str, name: str, dtype: str) -> comfy.model_patcher.ModelPatcher:
     """A DRM file as a ModelPatcher around drm.model.DRM. Raises ValueError for a file that is no DRM."""
     from ..drm.checkpoint import load_drm
 
     path = folder_paths.get_full_path_or_raise(kind, name)
     device = mm.get_torch_device()
+    check_choice("dtype", dtype, ["auto", *DTYPES])
     try:
         module = load_drm(path, device="cpu", dtype=DTYPES.get(dtype) or _fast_dtype(device))
     except ValueError as error:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from .adapters import check_choice
 from .trace_picture import RAW, RELATIVE, draw_trace
 from .traces import DRMTrace, find_trace
 
@@ -55,6 +56,7 @@ class DRMTracePlot(io.ComfyNode):
     def execute(
         cls, trace: object, item: int, scores: str, width: int, height: int, latent: dict | None = None
     ) -> io.NodeOutput:
+        check_choice("scores", scores, [RAW, RELATIVE])
         picture = draw_trace(find_trace(trace, latent), item, scores == RELATIVE, (width, height))
         image = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).unsqueeze(0)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

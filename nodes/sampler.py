@@ -89,6 +89,7 @@ class Branching:
 
     def __post_init__(self) -> None:
         # A linked value escapes the limits of the widget.
+        adapters.check_choice("kind", self.kind, KINDS)
         if not 1 <= self.num_branches <= MAX_BRANCHES:
             raise ValueError(
                 f"num_branches is {self.num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"
@@ -293,6 +294,7 @@ class StepwiseKSampler(io.ComfyNode):
             end=branch_end,
             seed=seed,
         )
+        adapters.check_choice("scheduler", scheduler, comfy.samplers.SCHEDULER_NAMES)
         samples = comfy.sample.fix_empty_latent_channels(
             model, adapters.latent_tensor(latent_image, "latent_image")
         )

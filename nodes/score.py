@@ -169,6 +169,7 @@ def check_scoring(sigma: float, latent_is: str, noise_draws: int) -> None:
     """Raises ValueError for settings that linked values can bring past the widgets' limits, or that make no
     sense.
     """
+    adapters.check_choice("latent_is", latent_is, [FINISHED, LEFTOVER])
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma is {sigma}: give a number from 0 (finished picture) to 1 (pure noise)")
     if not 1 <= noise_draws <= MAX_DRAWS:

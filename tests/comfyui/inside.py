@@ -19,6 +19,7 @@ class Inside:
     def __init__(self, pack: Any, files: Any) -> None:
         import comfy.sd
         import folder_paths
+        import utils.install_util  # noqa: F401 - ComfyUI's nodes.py puts another `utils` in front of this one
 
         self.pack = pack
         self.files = files

@@ -112,7 +112,7 @@ sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, comfyui)
 import comfy.options
 comfy.options.enable_args_parsing()
-import nodes, server, comfy.sd, comfy_api.latest, latent_preview
+import utils.install_util, server, comfy.sd, comfy_api.latest, latent_preview
 loop = asyncio.new_event_loop()
 asyncio.set_event_loop(loop)
 server.PromptServer(loop)

@@ -99,7 +99,9 @@ def test_unchanged_graph_reloads_nothing(server):
     again = succeeded(server.run(stepwise_graph("reload", seed=52)))
     cached = next(data["nodes"] for event, data in again.messages if event == "execution_cached")
     assert {"1", "2", "3", "4", "5", "6"} <= set(cached)
-    assert "Requested to load" not in server.log_text()[before:]
+    log = server.log_text()[before:]
+    assert "Requested to load DRM" not in log
+    assert "model_type FLOW" not in log
 
 
 def test_one_progress_tick_a_step(server):
@@ -166,8 +168,17 @@ def test_odd_latent_sizes_run(server, size):
         {"num_branches": 1, "noise_level": 0.0},
         {"kind": "cps", "noise_level": 0.5},
         {"branch_start": 0.5, "branch_end": 0.5},
-        {"num_branches": 1000, "steps": 2},
     ],
 )
 def test_unusual_settings_run(server, settings):
     succeeded(server.run(stepwise_graph("unusual", **{"seed": 95, **settings})))
+
+
+def test_a_thousand_branches_run(server):
+    graph = stepwise_graph("thousand", seed=96, num_branches=1000, steps=2)
+    graph["6"]["inputs"] |= {"width": 16, "height": 16}
+    _, metadata = picture(server, succeeded(server.run(graph)))
+    first, last = metadata["drm_trace"]["7"]["steps"]
+    assert len(first["scores"][0]) == 1000
+    assert first["winner"] == [int(np.argmax(first["scores"][0]))]
+    assert last["scores"] is None
