@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from drm import DRM, comfy_layout, load_drm
-from training.demo import data
+from training.demo import data, text
 from training.demo.autoencoder import build_autoencoder
 from training.demo.generator import Generator, decode, draw, grid, load_generator
 from training.demo.judge import Judge, load_judge
@@ -107,7 +107,7 @@ def load_family(models: Path) -> Family:
     with safe_open(models / CLIP, "pt") as file:
         tokenizer = Tokenizer.from_str(file.metadata()["tokenizer"])
     generator = Generator(tokenizer)
-    generator.text_encoder.load_state_dict({k: v.float() for k, v in load_file(models / CLIP).items()})
+    text.load_weights(generator.text_encoder, load_file(models / CLIP))
     checkpoint = {k: v.float() for k, v in load_file(models / CHECKPOINT).items()}
     _, weights = comfy_layout.from_comfy_layout(checkpoint)
     generator.transformer.load_state_dict(weights)
@@ -148,7 +148,7 @@ def main() -> None:
         "tokenizer": tokenizer.to_str(),
         "license": data.LICENCE,
     }
-    save(generator.text_encoder.state_dict(), args.out / CLIP, header)
+    save(text.with_prefix(generator.text_encoder.state_dict()), args.out / CLIP, header)
     for source, name in (("reward/reward.safetensors", REWARD), ("judge/judge.safetensors", JUDGE)):
         if (args.runs / source).exists():
             (args.out / name).parent.mkdir(parents=True, exist_ok=True)

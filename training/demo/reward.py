@@ -44,11 +44,11 @@ KINDS = ("wrong", "degraded", "generated", "drawn")
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
 # (weights, steps, cfg) of what the generator draws; the last one is its best
 DRAWINGS = (
-    ("snapshot_006", 10, 2.0),
-    ("snapshot_020", 10, 2.0),
+    ("snapshot_006", 8, 1.0),
+    ("snapshot_020", 8, 2.0),
     ("final", 5, 2.0),
-    ("final", 16, 1.0),
-    ("final", 16, 3.0),
+    ("final", 12, 1.0),
+    ("final", 14, 3.0),
 )
 
 
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/demo/autoencoder/final"))
     parser.add_argument("--generator", type=Path, default=Path("runs/demo/generator"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/reward"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=32, help="pairs a step")
     parser.add_argument("--random-backbone", action="store_true")
     args = parser.parse_args()

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from training.demo.data import STYLES, DemoData
 
 LENGTH = 20
+PREFIX = "text_model."
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 TEMPLATES = (
     "{word}, {style} style",
@@ -64,6 +65,19 @@ def build_text_encoder(tokenizer: Tokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.token_to_id(PAD),
     )
     return CLIPTextModel(config)
+
+
+def with_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names as in published CLIP files; transformers 5 drops `text_model.` inside the module, 4 does not."""
+    return {f"{PREFIX}{key.removeprefix(PREFIX)}": value for key, value in weights.items()}
+
+
+def load_weights(text_encoder: CLIPTextModel, weights: dict[str, torch.Tensor]) -> None:
+    """Weights under their published names into the module of any transformers version."""
+    prefixed = any(key.startswith(PREFIX) for key in text_encoder.state_dict())
+    text_encoder.load_state_dict(
+        {key if prefixed else key.removeprefix(PREFIX): value.float() for key, value in weights.items()}
+    )
 
 
 def encode_ids(tokenizer: Tokenizer, captions: list[str]) -> torch.Tensor:
