@@ -1,7 +1,7 @@
 """The README's table: plain sampling, Step-wise Sampling at k = 1, 2, 4, 6 and best-of-N, on the demo family.
 
-    python -m benchmarks.stepwise                                  # the table: 379 prompts, two seeds each
-    python -m benchmarks.stepwise --prompts 200 --noise-level 0.5  # a study of one setting
+    python -m benchmarks.stepwise                                  # the table: 200 prompts, two seeds each
+    python -m benchmarks.stepwise --prompts 100 --noise-level 0.5  # a study of one setting
 
 Every way of sampling starts from the same noise with the same prompts, batch by batch side by side, so its
 time divided by plain sampling's is a ratio measured in one run. Scores: the DRM's own on the finished latent
@@ -106,15 +106,9 @@ def sample(family: Family, captions: list[str], seeds: list[int], setting: Setti
     return latents
 
 
-def best_of(
-    family: Family, captions: list[str], seeds: list[int], setting: Setting, count: int
-) -> torch.Tensor:
-    """Plain sampling from `count` seeds; the finished latent the DRM likes best, for each caption."""
-    score = drm_scorer(family, captions)
-    index = torch.arange(len(captions))
-    drawn = [
-        sample(family, captions, [seed + 1_000_000 * i for seed in seeds], setting, 0) for i in range(count)
-    ]
+def best_of(family: Family, captions: list[str], drawn: list[torch.Tensor]) -> torch.Tensor:
+    """Of several finished latents (B, ...) for the same captions, the one the DRM likes best of each."""
+    score, index = drm_scorer(family, captions), torch.arange(len(captions))
     scores = torch.stack([score(latents, 0.0, index) for latents in drawn])
     return torch.stack(drawn)[scores.argmax(0), index]
 
@@ -167,6 +161,32 @@ def measure(
     return rows
 
 
+def timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """What work returns and the seconds it took."""
+    begun = time.perf_counter()
+    return work(), time.perf_counter() - begun
+
+
+def draw_batch(
+    family: Family,
+    captions: list[str],
+    seeds: list[int],
+    setting: Setting,
+    branches: list[int],
+    bests: list[int],
+) -> dict[tuple[str, int], tuple[torch.Tensor, float]]:
+    """Latents and seconds of every way; best-of-N starts with the plain pictures, then adds seeds."""
+    made = {("stepwise", k): timed(lambda k=k: sample(family, captions, seeds, setting, k)) for k in branches}
+    plain = [made["stepwise", 0]]
+    for i in range(1, max(bests, default=1)):
+        others = [seed + 1_000_000 * i for seed in seeds]
+        plain.append(timed(lambda others=others: sample(family, captions, others, setting, 0)))
+    for n in bests:
+        chosen, choosing = timed(lambda n=n: best_of(family, captions, [latents for latents, _ in plain[:n]]))
+        made["best-of", n] = chosen, choosing + sum(seconds for _, seconds in plain[:n])
+    return made
+
+
 def run(
     family: Family,
     prompts: list[Prompt],
@@ -176,29 +196,28 @@ def run(
     seeds_each: int,
     batch: int,
 ) -> list[dict]:
-    """One row for each way of sampling."""
-    ways = {("stepwise", k): lambda c, s, k=k: sample(family, c, s, setting, k) for k in branches}
-    ways |= {("best-of", n): lambda c, s, n=n: best_of(family, c, s, setting, n) for n in bests}
+    """One row for each way of sampling; branches must hold 0, plain sampling."""
     captions = [prompt.caption for prompt in prompts for _ in range(seeds_each)]
     seeds = [7 + 13 * i for i in range(len(captions))]
-    drawn, seconds = {way: [] for way in ways}, dict.fromkeys(ways, 0.0)
-    for way in ways:  # the first call of a shape pays for set-up
-        ways[way](captions[:batch], seeds[:batch])
-    for first in tqdm(range(0, len(captions), batch), desc="sampling", mininterval=10):
-        for way, draw in ways.items():
-            begun = time.perf_counter()
-            drawn[way].append(draw(captions[first : first + batch], seeds[first : first + batch]))
-            seconds[way] += time.perf_counter() - begun
-    plain = measure(family, torch.cat(drawn["stepwise", 0]), prompts, seeds_each)
+    draw_batch(
+        family, captions[:batch], seeds[:batch], dataclasses.replace(setting, steps=2), branches, bests
+    )
+    batches = [
+        draw_batch(family, captions[i : i + batch], seeds[i : i + batch], setting, branches, bests)
+        for i in tqdm(range(0, len(captions), batch), desc="sampling", mininterval=10)
+    ]
+    drawn = {way: torch.cat([made[way][0] for made in batches]) for way in batches[0]}
+    seconds = {way: sum(made[way][1] for made in batches) for way in batches[0]}
+    figures = {way: measure(family, latents, prompts, seeds_each) for way, latents in drawn.items()}
+    plain = figures["stepwise", 0]
     rows = []
-    for name, k in ways:
-        figures = measure(family, torch.cat(drawn[name, k]), prompts, seeds_each)
+    for (name, k), values in figures.items():
         rng = np.random.default_rng(0)
         row = {"way": name if k else "plain", "k": k, "time_ratio": seconds[name, k] / seconds["stepwise", 0]}
         row["passes"] = passes(setting, k) if name == "stepwise" else k * (passes(setting, 0) + 0.75)
-        row |= {key: interval(value, rng) for key, value in figures.items()}
+        row |= {key: interval(value, rng) for key, value in values.items()}
         row |= {
-            f"{key}_gain": interval(figures[key] - plain[key], rng) for key in ("drm", "judge", "judge_first")
+            f"{key}_gain": interval(values[key] - plain[key], rng) for key in ("drm", "judge", "judge_first")
         }
         rows.append(row)
     return rows
@@ -243,7 +262,7 @@ def as_markdown(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--prompts", type=int, default=379)
+    parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
