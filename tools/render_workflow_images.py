@@ -2,7 +2,8 @@
 
     python -m tools.render_workflow_images [NAME ...]
 
-ComfyUI's template browser shows these pictures. Uses the demo models of this repository (models/), a temporary ComfyUI folder and headless Chromium.
+ComfyUI's template browser shows these pictures. Uses the demo models of this repository (models/), a
+temporary ComfyUI folder and headless Chromium.
 """
 
 import argparse

@@ -1,0 +1,144 @@
+"""ComfyUI's sampling with `drm.stepwise` as the loop over steps.
+
+    k-diffusion:  sampler(model, x, sigmas, extra_args, callback) -> x       model(x, sigma) -> denoised
+    drm.stepwise: sample_stepwise(denoise, score, x, sigmas, ...) -> x, trace
+
+The policy is only ever called through ComfyUI's own wrapper, so CFG, LoRA, ControlNet, areas and hooks apply.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from . import adapters, trace_metadata
+from .traces import trace_to_dict
+
+KINDS = ["sde", "cps"]
+MAX_BRANCHES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branching:
+    """What the shared inputs say; names as in drm.stepwise."""
+
+    num_branches: int
+    noise_level: float
+    kind: str
+    start: float
+    end: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        # A linked value escapes the limits of the widget.
+        adapters.check_choice("kind", self.kind, KINDS)
+        if not 1 <= self.num_branches <= MAX_BRANCHES:
+            raise ValueError(
+                f"num_branches is {self.num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"
+            )
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"branch_start is {self.start} and branch_end {self.end}: wanted 0 <= branch_start <="
+                " branch_end <= 1"
+            )
+
+
+def kept_region(
+    model: comfy.samplers.KSamplerX0Inpaint, x: Tensor, sigmas: Tensor, extra_args: dict
+) -> Callable | None:
+    """(x, sigma) -> x with the masked-off region put back on the path Euler takes there; None without a mask.
+
+    There the denoised latent is always the input latent, so the path is known beforehand. Walking it with
+    Euler's own arithmetic leaves that region bit for bit as stock KSampler leaves it.
+    """
+    mask = extra_args.get("denoise_mask")
+    if mask is None:
+        return None
+    mask_function = extra_args.get("model_options", {}).get("denoise_mask_function")
+    kept, path = x, {}
+    for sigma, sigma_next in pairwise(sigmas):
+        velocity = (kept - model.latent_image) / sigma.expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        kept = kept + velocity * (sigma_next - sigma)
+        path[float(sigma_next)] = kept
+
+    def reimpose(candidate: Tensor, sigma: Tensor) -> Tensor:
+        drawn = mask
+        if mask_function is not None and sigma > 0:
+            options = {"model": model.inner_model, "sigmas": model.sigmas}
+            drawn = mask_function(sigma.expand(len(candidate)), mask, extra_options=options)
+        blended = candidate * drawn + path[float(sigma)] * (1 - drawn)
+        return torch.where(drawn == 0, path[float(sigma)], torch.where(drawn == 1, candidate, blended))
+
+    return reimpose
+
+
+def sample_with_drm(
+    model: comfy.samplers.KSamplerX0Inpaint,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict | None = None,
+    callback: Callable | None = None,
+    disable: bool | None = None,
+    *,
+    drm: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    branching: Branching,
+    on_trace: Callable,
+    item_ids: list[int] | None = None,
+) -> Tensor:
+    """A k-diffusion style sampler function around drm.stepwise.sample_stepwise.
+
+    on_trace(trace, samples): called at the end, with the samples (B, C, H, W) as the LATENT will hold them.
+    """
+    from ..drm.stepwise import sample_stepwise
+
+    extra_args = extra_args or {}
+    guider = model.inner_model
+    base = guider.inner_model
+    prompts = adapters.ScoringPrompts(positive, base.model_sampling.percent_to_sigma)
+    adapters.check_policy(guider.model_patcher, prompts, x)
+    adapters.check_drm_fits(drm, prompts, x)
+    adapters.load_beside(guider, drm)
+    # Without injected noise nothing strays, and soft masks then act exactly as in stock KSampler.
+    reimpose = kept_region(model, x, sigmas, extra_args) if branching.noise_level > 0 else None
+
+    def report(step: dict) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        if callback is not None:
+            sigma = step["sigma"]
+            callback(
+                {
+                    "x": step["x"],
+                    "i": step["step"],
+                    "sigma": sigma,
+                    "sigma_hat": sigma,
+                    "denoised": step["denoised"],
+                }
+            )
+
+    latents, trace = sample_stepwise(
+        lambda x, sigma: model(x, sigma * x.new_ones([x.shape[0]]), **extra_args),
+        adapters.Scorer(drm, prompts, len(x)),
+        x,
+        sigmas,
+        num_branches=branching.num_branches,
+        noise_level=branching.noise_level,
+        kind=branching.kind,
+        seed=branching.seed,
+        start=branching.start,
+        end=branching.end,
+        item_ids=item_ids,
+        noise_scale=float(getattr(base.model_sampling, "noise_scale", 1.0)),
+        reimpose=reimpose,
+        callback=report,
+        interrupt=mm.throw_exception_if_processing_interrupted,
+    )
+    trace_metadata.record(trace_to_dict(trace))
+    final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
+    on_trace(trace, base.process_latent_out(final.to(torch.float32)))
+    return latents
