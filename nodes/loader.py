@@ -30,9 +30,8 @@ class DRMLoader(io.ComfyNode):
                     "dtype",
                     options=["auto", *adapters.DTYPES],
                     default="auto",
-                    tooltip="Number format of the weights. auto: bfloat16 where the GPU is fast at it, else "
-                    "float16, "
-                    "and float32 on a CPU. The scoring head always computes in float32.",
+                    tooltip="Number format of the weights. auto: bfloat16 where the GPU or CPU computes it, "
+                    "else float16 on a GPU and float32 on a CPU.",
                 ),
             ],
             outputs=[DRMModel.Output("drm", display_name="DRM", tooltip="The reward model.")],

@@ -97,6 +97,8 @@ def train(
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds = state["step"], state["seconds"]
+        if start >= config.steps and on_save:  # nothing left to train: report what there is
+            on_save(start, averaged)
     begun = time.monotonic() - seconds
 
     def save(step: int) -> None:

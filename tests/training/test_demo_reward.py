@@ -34,11 +34,16 @@ def test_degradations_change_pictures_and_repeat_with_their_seed(kind):
 def test_another_icon_is_never_the_same_and_stays_inside_what_is_allowed():
     pool = make_pool()
     icons = torch.argwhere(pool.trained).flatten().repeat(20)
-    picked = other_icon(pool, icons, pool.trained, torch.Generator().manual_seed(0))
+    picked = other_icon(pool, icons, pool.trained, torch.Generator().manual_seed(0), 0.25)
     assert pool.trained[picked].all()
     assert (picked != icons).all()
     same_concept = pool.concept[picked] == pool.concept[icons]
     assert 0.15 < same_concept.float().mean() < 0.35
+    elsewhere = other_icon(pool, icons, pool.trained, torch.Generator().manual_seed(0), 0.0)
+    assert (pool.concept[elsewhere] != pool.concept[icons]).all()
+    restyled = other_icon(pool, icons, pool.trained, torch.Generator().manual_seed(0), 1.0)
+    assert (pool.concept[restyled] == pool.concept[icons]).all()
+    assert (pool.style[restyled] != pool.style[icons]).all()
 
 
 def test_pairs_hold_what_they_are_named_for():
@@ -52,6 +57,9 @@ def test_pairs_hold_what_they_are_named_for():
     assert pool.tested[rejected.flatten().long()].all()
     _, rejected = pairs(pool, icons, "generated", pool.tested, torch.Generator().manual_seed(0))
     assert (rejected.flatten() % 100 == icons).all()
+    for kind, variants in (("generated early", {1, 2}), ("generated final", {3, 4, 5})):
+        _, rejected = pairs(pool, icons.repeat(9), kind, pool.tested, torch.Generator().manual_seed(0))
+        assert set((rejected.flatten() // 100).int().tolist()) == variants
     chosen, rejected = pairs(pool, icons, "drawn", pool.tested, torch.Generator().manual_seed(0))
     torch.testing.assert_close(chosen.flatten(), icons + 100.0 * len(DRAWINGS))
     assert (rejected != chosen).all()

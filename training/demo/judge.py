@@ -164,7 +164,8 @@ def main() -> None:
         steps=args.steps, learning_rate=2e-3, decay=0.01, weight_decay=0.05, ema=0.99, save_every=500
     )
     averaged = train(judge, loss_fn, config, args.out, name="judge", on_save=on_save)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in averaged.state_dict().items()}
+    state = averaged.state_dict()
+    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     header = {"format": "drm-demo-judge", "concepts": json.dumps(demo.names), "figures": json.dumps(figures)}
     save_file(weights, args.out / "judge.safetensors", metadata=header)
     print(f"judge -> {args.out / 'judge.safetensors'}")

@@ -41,8 +41,9 @@ KEPT = 3
 HIDDEN = 128
 HELD_OUT_CONCEPTS = 48
 KINDS = ("wrong", "degraded", "generated", "drawn")
+REPORTED = ("wrong concept", "wrong style", "degraded", "generated early", "generated final", "drawn")
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
-# (weights, steps, cfg) of what the generator draws; the last one is its best
+# (weights, steps, cfg) of what the generator draws: first with early weights, last its best
 DRAWINGS = (
     ("snapshot_006", 8, 1.0),
     ("snapshot_020", 8, 2.0),
@@ -50,6 +51,9 @@ DRAWINGS = (
     ("final", 12, 1.0),
     ("final", 14, 3.0),
 )
+# how often the other caption of a "wrong" pair names the same concept in another style
+WRONG = {"wrong": 0.25, "wrong concept": 0.0, "wrong style": 1.0}
+GENERATED = {"generated": (0, 5), "generated early": (0, 2), "generated final": (2, 5)}
 
 
 def degrade(pictures: torch.Tensor, kind: str, rng: torch.Generator) -> torch.Tensor:
@@ -146,22 +150,20 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
     return Pool(cached["latents"], made["degraded"], made["drawn"], concept, style, trained, tested)
 
 
-def other_icon(pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """For each icon another of `allowed`: three times in four another concept's, else the same concept in
-    another style.
+def other_icon(
+    pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torch.Generator, same_concept: float
+) -> torch.Tensor:
+    """For each icon another one of `allowed`: of another concept, or with probability `same_concept` of its
+    own in another style, where `allowed` has one.
     """
     candidates = data.indices(allowed)
     picked = candidates[torch.randint(len(candidates), icons.shape, generator=rng)]
     clash = pool.concept[picked] == pool.concept[icons]
-    picked = torch.where(
-        clash,
-        candidates[(torch.searchsorted(candidates, icons) + len(candidates) // 3) % len(candidates)],
-        picked,
-    )
-    for i in data.indices(torch.rand(icons.shape, generator=rng) < 0.25).tolist():
-        siblings = data.indices(
-            allowed & (pool.concept == pool.concept[icons[i]]) & (pool.style != pool.style[icons[i]])
-        )
+    place = torch.searchsorted(candidates, icons)
+    picked = torch.where(clash, candidates[(place + len(candidates) // 3) % len(candidates)], picked)
+    for i in data.indices(torch.rand(icons.shape, generator=rng) < same_concept).tolist():
+        concept, style = pool.concept[icons[i]], pool.style[icons[i]]
+        siblings = data.indices(allowed & (pool.concept == concept) & (pool.style != style))
         if len(siblings):
             picked[i] = siblings[torch.randint(len(siblings), (), generator=rng)]
     return picked
@@ -172,16 +174,17 @@ def pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(preferred, other) latents of one loser type for the captions of `icons`."""
     size, best = len(icons), len(DRAWINGS) - 1
-    if kind == "wrong":
-        return pool.real[icons], pool.real[other_icon(pool, icons, allowed, rng)]
+    if kind in WRONG:
+        return pool.real[icons], pool.real[other_icon(pool, icons, allowed, rng, WRONG[kind])]
     if kind == "degraded":
         return pool.real[icons], pool.degraded[
             icons, torch.randint(len(DEGRADATIONS), (size,), generator=rng)
         ]
-    if kind == "generated":
-        return pool.real[icons], pool.drawn[icons, torch.randint(len(DRAWINGS), (size,), generator=rng)]
+    if kind in GENERATED:
+        first, last = GENERATED[kind]
+        return pool.real[icons], pool.drawn[icons, torch.randint(first, last, (size,), generator=rng)]
     early = pool.drawn[icons, torch.randint(best, (size,), generator=rng)]
-    elsewhere = pool.drawn[other_icon(pool, icons, allowed, rng), best]
+    elsewhere = pool.drawn[other_icon(pool, icons, allowed, rng, WRONG["wrong"]), best]
     choice = torch.rand(size, 1, 1, 1, generator=rng) < 0.5
     return pool.drawn[icons, best], torch.where(choice, early, elsewhere)
 
@@ -201,8 +204,8 @@ def evaluate(drm: DRM, pool: Pool, embed, *, rounds: int = 2) -> dict[str, list[
     """Accuracy on held-out concepts by loser type, in the four quarters of sigma from low to high."""
     icons = data.indices(pool.tested)
     table = {}
-    for kind in KINDS:
-        rng = torch.Generator().manual_seed(KINDS.index(kind))
+    for seed, kind in enumerate(REPORTED):
+        rng = torch.Generator().manual_seed(seed)
         wins, losses, sigmas = [], [], []
         for quarter in range(4):
             for _ in range(rounds):
@@ -302,8 +305,6 @@ def main() -> None:
         steps=args.steps, learning_rate=4e-4, decay=0.02, weight_decay=0.01, ema=0.995, save_every=500
     )
     averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
-    if not table:
-        on_save(args.steps, averaged)
     (args.out / "accuracy.json").write_text(
         json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": table})
     )
