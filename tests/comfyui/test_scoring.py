@@ -182,9 +182,13 @@ def test_sigmas_of_percentages_are_comfyuis(inside):
         assert ours(percent) == pytest.approx(float(theirs(percent)), abs=1e-6)
 
 
-def test_auto_dtype_on_a_cpu_is_float32(inside):
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_dtype_on_a_cpu_is_bfloat16_only_where_the_cpu_computes_it(inside, monkeypatch, native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     patcher = inside.pack.module("nodes.adapters").load_drm_patcher("drm", inside.files.drm.name, "auto")
-    assert {p.dtype for p in patcher.model.parameters()} == {torch.float32}
+    expected = torch.bfloat16 if native else torch.float32
+    assert {p.dtype for p in patcher.model.backbone.parameters()} == {expected}
 
 
 def test_bfloat16_keeps_the_head_in_float32(inside, score):
