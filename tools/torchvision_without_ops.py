@@ -26,10 +26,10 @@ class TorchvisionFinder:
 
 
 def load_without_missing_ops(load, module):
-    """Run `load(module)` while torch.library.register_fake tolerates missing torchvision operators."""
-    import torch.library
+    """Run `load(module)` while torch's register_fake tolerates missing torchvision operators."""
+    from torch import library
 
-    register_fake = torch.library.register_fake
+    register_fake = library.register_fake
 
     def tolerant(op, func=None, /, **options):
         if func is not None or not str(op).startswith("torchvision::"):
@@ -43,11 +43,11 @@ def load_without_missing_ops(load, module):
 
         return register
 
-    torch.library.register_fake = tolerant
+    library.register_fake = tolerant
     try:
         load(module)
     finally:
-        torch.library.register_fake = register_fake
+        library.register_fake = register_fake
 
 
 def install():
