@@ -32,5 +32,5 @@ format: env ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: env ## the README's table (hours for all prompts: see benchmarks/stepwise.py)
+bench: env ## the tables of README and EXPERIMENTS, about 7 minutes (ARGS="--end 0.5")
 	@$(RUN) -m benchmarks.stepwise $(ARGS)
