@@ -4,22 +4,20 @@
     context, tokens = JointBlock_i(context, tokens, temb)          i = 0 .. num_kept - 1
     f_v = tokens                                                   (B, (H/2)(W/2), width)
 
-Every module is diffusers' own, from `SD3Transformer2DModel`. The last kept block's text output feeds nothing,
-so that block is built `context_pre_only`: it has no text feed-forward, no text output projection, and only
-the two rows of the text modulation (scale and shift before attention) that reach the image. The image tokens
-are those of the full model after that block.
+Every module is diffusers' own, from `SD3Transformer2DModel`. Tokens can also be tapped on the way: tap n is
+what leaves the n-th block, tap 0 what enters the first. Unless it is tapped, the last kept block's text output
+feeds nothing; that block is then built `context_pre_only`: it has no text feed-forward, no text output
+projection, and only the two rows of the text modulation (scale and shift before attention) that reach the
+image. The image tokens are those of the full model after that block.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from .comfy_layout import from_comfy_layout
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
@@ -29,7 +27,9 @@ SD35_MEDIUM_KEPT = 21
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The arguments of diffusers' SD3Transformer2DModel, and how many of its blocks are kept."""
+    """The arguments of diffusers' SD3Transformer2DModel, how many of its blocks are kept, and after which of
+    them image and text tokens are tapped (in ascending order; 0 is before the first).
+    """
 
     num_kept: int
     num_layers: int
@@ -43,11 +43,21 @@ class BackboneConfig:
     pos_embed_max_size: int = 384
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = "rms_norm"
+    image_taps: tuple[int, ...] = ()
+    text_taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_kept <= self.num_layers:
             raise ValueError(
                 f"num_kept is {self.num_kept}: wanted 1 to {self.num_layers}, the model's blocks"
+            )
+        for name, taps in (("image_taps", self.image_taps), ("text_taps", self.text_taps)):
+            if list(taps) != sorted(set(taps)) or not set(taps) <= set(range(self.num_kept + 1)):
+                raise ValueError(f"{name} are {taps}: wanted ascending numbers from 0 to {self.num_kept}")
+        if self.num_layers in self.text_taps:
+            raise ValueError(
+                f"text_taps are {self.text_taps}: block {self.num_layers} is the model's last, it has no text"
+                " output"
             )
 
     @property
@@ -55,13 +65,24 @@ class BackboneConfig:
         """Width of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def keeps_text_output(self) -> bool:
+        """Whether the text that leaves the last kept block is used."""
+        return self.num_kept in self.text_taps
+
     @classmethod
-    def from_diffusers(cls, config: Mapping, num_kept: int) -> "BackboneConfig":
+    def from_diffusers(
+        cls,
+        config: Mapping,
+        num_kept: int,
+        image_taps: tuple[int, ...] = (),
+        text_taps: tuple[int, ...] = (),
+    ) -> "BackboneConfig":
         """From the config of an SD3Transformer2DModel (or its config.json as a dict)."""
-        names = set(cls.__dataclass_fields__) - {"num_kept"}
+        names = set(cls.__dataclass_fields__) - {"num_kept", "image_taps", "text_taps"}
         kwargs = {name: config[name] for name in names if name in config}
         kwargs["dual_attention_layers"] = tuple(kwargs.get("dual_attention_layers") or ())
-        built = cls(num_kept=num_kept, **kwargs)
+        built = cls(num_kept=num_kept, image_taps=image_taps, text_taps=text_taps, **kwargs)
         context_width = config.get("caption_projection_dim", built.width)
         if context_width != built.width:
             raise ValueError(
@@ -78,6 +99,17 @@ def sd35_medium_config(num_kept: int = SD35_MEDIUM_KEPT) -> BackboneConfig:
     return BackboneConfig(
         num_kept=num_kept, num_layers=24, num_attention_heads=24, dual_attention_layers=tuple(range(13))
     )
+
+
+class Features(NamedTuple):
+    """What a head may read: `tokens` (B, L, width) after the last kept block, the tapped image tokens
+    (B, L, width) and text tokens (B, T, width), and the time-text embedding `temb` (B, width).
+    """
+
+    tokens: Tensor
+    image: list[Tensor]
+    text: list[Tensor]
+    temb: Tensor
 
 
 class TruncatedSD3(nn.Module):
@@ -107,7 +139,7 @@ class TruncatedSD3(nn.Module):
                 dim=config.width,
                 num_attention_heads=config.num_attention_heads,
                 attention_head_dim=config.attention_head_dim,
-                context_pre_only=index == config.num_kept - 1,
+                context_pre_only=index == config.num_kept - 1 and not config.keeps_text_output,
                 qk_norm=config.qk_norm,
                 use_dual_attention=index in config.dual_attention_layers,
             )
@@ -132,10 +164,10 @@ class TruncatedSD3(nn.Module):
             )
         return height // patch, width // patch
 
-    def forward(
+    def features(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
-    ) -> Tensor:
-        """Image tokens (B, L, width), row-major over the token grid, in the backbone's dtype.
+    ) -> Features:
+        """Tokens and taps in the backbone's dtype, image tokens row-major over the token grid.
 
         latents (B, C, H, W) in model space; timestep (B,) = 1000 sigma; prompt_embeds (B, T,
         joint_attention_dim); pooled_prompt_embeds (B, pooled_projection_dim).
@@ -145,67 +177,94 @@ class TruncatedSD3(nn.Module):
         tokens = self.pos_embed(latents.to(dtype)).contiguous()
         temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
         context = self.context_embedder(prompt_embeds.to(dtype))
-        for block in self.transformer_blocks:
+        image = [tokens] if 0 in self.config.image_taps else []
+        text = [context] if 0 in self.config.text_taps else []
+        for number, block in enumerate(self.transformer_blocks, start=1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 context, tokens = checkpoint(block, tokens, context, temb, use_reentrant=False)
             else:
                 context, tokens = block(tokens, context, temb)
-        return tokens
+            if number in self.config.image_taps:
+                image.append(tokens)
+            if number in self.config.text_taps:
+                text.append(context)
+        return Features(tokens, image, text, temb)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+    ) -> Tensor:
+        """Image tokens (B, L, width) after the last kept block; see `features` for the arguments."""
+        return self.features(latents, timestep, prompt_embeds, pooled_prompt_embeds).tokens
 
 
 def truncate_state_dict(state_dict: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
     """The weights of a whole SD3Transformer2DModel that TruncatedSD3(config) holds.
 
-    A kept last block that was not the model's last has a six-part text modulation (shift, scale, gate of
-    attention, then of the feed-forward); only the first two remain, in the order (scale, shift) of
-    AdaLayerNormContinuous.
+    A last block cut down to its image side was not the model's last: it has a six-part text modulation (shift,
+    scale, gate of attention, then of the feed-forward). Only the first two remain, in the order (scale, shift)
+    of AdaLayerNormContinuous.
     """
     last = config.num_kept - 1
-    unused = tuple(f"transformer_blocks.{last}.{name}." for name in ("attn.to_add_out", "ff_context"))
+    cut_text = config.num_kept < config.num_layers and not config.keeps_text_output
     modulation = f"transformer_blocks.{last}.norm1_context.linear."
     kept = {}
     for key, value in state_dict.items():
-        if key.startswith(("norm_out.", "proj_out.")) or key.startswith(unused):
+        if not is_kept(key, config.num_kept, config.keeps_text_output):
             continue
-        if key.startswith("transformer_blocks.") and int(key.split(".")[1]) > last:
-            continue
-        if key.startswith(modulation) and config.num_kept < config.num_layers:
+        if cut_text and key.startswith(modulation):
             shift, scale = value.chunk(6)[:2]
             value = torch.cat((scale, shift))
         kept[key] = value
     return kept
 
 
-def _load(state_dict: Mapping[str, Tensor], config: BackboneConfig) -> TruncatedSD3:
+def is_kept(key: str, num_kept: int, keeps_text_output: bool = False) -> bool:
+    """Whether a weight of SD3Transformer2DModel, by its name there, has a place in a truncated backbone."""
+    last = num_kept - 1
+    unused = tuple(f"transformer_blocks.{last}.{name}." for name in ("attn.to_add_out", "ff_context"))
+    if key.startswith(("norm_out.", "proj_out.")) or (key.startswith(unused) and not keeps_text_output):
+        return False
+    return not key.startswith("transformer_blocks.") or int(key.split(".")[1]) <= last
+
+
+def backbone_from_state_dict(state_dict: Mapping[str, Tensor], config: BackboneConfig) -> TruncatedSD3:
+    """The backbone of a whole SD3Transformer2DModel's weights, which it takes over without a copy.
+
+    Weights that are cut off may be on the meta device. Raises ValueError naming the first weight that is
+    missing, has no place, or has another shape.
+    """
     with torch.device("meta"):
         backbone = TruncatedSD3(config)
-    kept = {key: value.detach().clone() for key, value in truncate_state_dict(state_dict, config).items()}
+    kept = truncate_state_dict(state_dict, config)
+    expected = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
+    message = first_difference({key: tuple(value.shape) for key, value in kept.items()}, expected)
+    if message:
+        raise ValueError(message)
     backbone.load_state_dict(kept, assign=True)
     return backbone
 
 
-def backbone_from_transformer(transformer: "SD3Transformer2DModel", num_kept: int) -> TruncatedSD3:
+def first_difference(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str | None:
+    """A sentence on the first weight whose name or shape is not the expected one; None when all are."""
+    for key, shape in expected.items():
+        if key not in found:
+            return f"{key} is missing"
+        if found[key] != shape:
+            return f"{key} has shape {found[key]}, wanted {shape}"
+    return next((f"{key} has no place in the model" for key in found if key not in expected), None)
+
+
+def backbone_from_transformer(
+    transformer: "SD3Transformer2DModel",
+    num_kept: int,
+    image_taps: tuple[int, ...] = (),
+    text_taps: tuple[int, ...] = (),
+) -> TruncatedSD3:
     """The first blocks of a diffusers SD3 transformer, as copies in its dtype and on its device."""
-    config = BackboneConfig.from_diffusers(transformer.config, num_kept)
-    return _load(transformer.state_dict(), config)
-
-
-def backbone_from_comfy_checkpoint(source: Mapping[str, Tensor] | str | Path, num_kept: int) -> TruncatedSD3:
-    """The first blocks of an SD3 checkpoint in ComfyUI's layout, from a .safetensors file or its state dict.
-
-    Keys may be bare or below `model.diffusion_model.`; other parts of the file (VAE, text encoders) are not
-    read. Raises ValueError when it holds no SD3 transformer.
-    """
-    if isinstance(source, str | Path):
-        source = _read_diffusion_model(Path(source))
-    kwargs, state_dict = from_comfy_layout(source)
-    return _load(state_dict, BackboneConfig.from_diffusers(kwargs, num_kept))
-
-
-def _read_diffusion_model(path: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
-        prefixed = [key for key in keys if key.startswith("model.diffusion_model.")]
-        return {key: file.get_tensor(key) for key in prefixed or keys}
+    config = BackboneConfig.from_diffusers(transformer.config, num_kept, image_taps, text_taps)
+    kept = {
+        key: value.detach().clone()
+        for key, value in transformer.state_dict().items()
+        if is_kept(key, num_kept, config.keeps_text_output)
+    }
+    return backbone_from_state_dict(kept, config)

@@ -27,12 +27,17 @@ VERSION = 1
 SIGMA_CONVENTION = "x = (1 - sigma) * x0 + sigma * noise; timestep = 1000 * sigma"
 _OWN_FIELDS = ("text_length", "calibration")
 
-# What else people drop into the folder, told by a piece of a key that only it has.
+# What else people have in their folders, told by a piece of a key that only it (or what follows) has.
 _LOOKS_LIKE = (
-    ("joint_blocks.", "an SD3 diffusion checkpoint"),
     ("lora_", "a LoRA"),
+    ("joint_blocks.", "an SD3 diffusion checkpoint"),
+    ("conditioner.embedders.", "an SDXL checkpoint"),
+    ("cond_stage_model.", "an SD1.5 or SD2 checkpoint"),
     ("input_blocks.", "an SD1.5 or SDXL checkpoint"),
+    ("down_blocks.", "a diffusers UNet (SD1.5, SDXL) or VAE"),
     ("double_blocks.", "a Flux-type diffusion checkpoint"),
+    ("backbone.transformer_blocks.", "a reward model"),
+    ("single_transformer_blocks.", "a Flux transformer of diffusers"),
     ("transformer_blocks.", "a diffusers transformer"),
     ("text_model.", "a CLIP text encoder"),
     ("encoder.block.", "a T5 text encoder"),
@@ -93,7 +98,8 @@ def save_drm(
         temporary.unlink(missing_ok=True)
 
 
-def _looks_like(keys: Iterable[str]) -> str:
+def looks_like(keys: Iterable[str]) -> str:
+    """What a file of weights seems to be, from the names in it: the tail of a sentence."""
     keys = list(keys)
     for piece, name in _LOOKS_LIKE:
         if any(piece in key for key in keys):
@@ -122,7 +128,7 @@ def _open(path: Path):
 def _parse_header(name: str, text: dict[str, str], keys: Iterable[str]) -> dict:
     if text.get("format") != FORMAT:
         raise DRMFileError(
-            f"{name} is not a reward model, {_looks_like(keys)}: choose a file saved by drm.save_drm"
+            f"{name} is not a reward model, {looks_like(keys)}: choose a file saved by drm.save_drm"
         )
     version = text.get("version", "")
     if not version.isdigit() or int(version) != VERSION:
@@ -150,8 +156,10 @@ def read_header(path: str | os.PathLike) -> dict:
 
 def _build(name: str, architecture: dict) -> DRM:
     try:
-        backbone = dict(architecture["backbone"])
-        backbone["dual_attention_layers"] = tuple(backbone["dual_attention_layers"])
+        backbone = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in architecture["backbone"].items()
+        }
         with torch.device("meta"):
             return DRM(TruncatedSD3(BackboneConfig(**backbone)), ConvHead(**architecture["head"]))
     except (TypeError, KeyError, ValueError) as error:

@@ -108,6 +108,15 @@ def to_comfy_layout(state_dict: Mapping[str, Tensor], config: Mapping) -> dict[s
     return {key: value.contiguous() for key, value in converted.items()}
 
 
+def is_kept_in_comfy_layout(key: str, num_kept: int, keeps_text_output: bool = False) -> bool:
+    """backbone.is_kept for a bare name of ComfyUI's layout."""
+    if not key.startswith("joint_blocks."):
+        return not key.startswith("final_layer.")
+    _, index, part = key.split(".", 2)
+    unused = part.startswith(("context_block.attn.proj.", "context_block.mlp."))
+    return int(index) < num_kept - 1 or (int(index) == num_kept - 1 and (keeps_text_output or not unused))
+
+
 def infer_config(state_dict: Mapping[str, Tensor]) -> dict:
     """SD3Transformer2DModel's arguments from the shapes of bare ComfyUI keys."""
     width, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape

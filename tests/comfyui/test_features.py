@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drm.backbone import backbone_from_comfy_checkpoint
 from tests.comfyui.features import comfy_image_tokens, comfy_network
 from tests.tiny import build_demo_family
+from training.base import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("num_kept", [1, 3, 4])
 def test_tokens_agree_with_comfyui(pack, checkpoint, num_kept, height, width):
     network = comfy_network(load_file(checkpoint))
-    backbone = backbone_from_comfy_checkpoint(checkpoint, num_kept).float()
+    backbone = load_backbone(checkpoint, num_kept)
     torch.manual_seed(0)
     latents, sigma = torch.randn(2, 16, height, width), 0.7
     prompt_embeds, pooled = torch.randn(2, 20, 256), torch.randn(2, 256)

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from drm.backbone import (
     BackboneConfig,
     TruncatedSD3,
-    backbone_from_comfy_checkpoint,
     backbone_from_transformer,
     sd35_medium_config,
     truncate_state_dict,
@@ -123,6 +121,9 @@ def test_sd35_medium_on_the_meta_device():
     ) + 4 * 1536 * (1536 + 1)
     assert unused == pytest.approx(30.7e6, rel=0.01)
     assert round((count + unused) / 1e9, 2) == 2.01
+    assert round(count / 1e9, 2) == 1.98
+    assert (blocks[-1].ff_context, blocks[-1].attn.to_add_out) == (None, None)
+    assert blocks[-2].ff_context is not None
     kept = truncate_state_dict(whole.state_dict(), backbone.config)
     expected = {key: value.shape for key, value in backbone.state_dict().items()}
     assert {key: value.shape for key, value in kept.items()} == expected
@@ -135,25 +136,6 @@ def test_sd35_medium_forward_shape_on_the_meta_device():
             torch.empty(1, 16, 64, 64), torch.empty(1), torch.empty(1, 333, 4096), torch.empty(1, 2048)
         )
     assert tokens.shape == (1, 1024, 1536)
-
-
-def test_comfy_checkpoint_from_a_file_and_from_bare_keys(family):
-    """The demo checkpoint (with its VAE, prefixed) and its bare network give one backbone, the source's."""
-    checkpoint = load_file(family.checkpoint)
-    bare = {
-        key.removeprefix("model.diffusion_model."): value
-        for key, value in checkpoint.items()
-        if key.startswith("model.diffusion_model.")
-    }
-    from_file = backbone_from_comfy_checkpoint(family.checkpoint, 3)
-    assert from_file.config.dual_attention_layers == (0, 1)
-    assert from_file.config.pos_embed_max_size == 24
-    source = backbone_from_transformer(tiny_transformer(256, 4).half(), 3).state_dict()
-    for backbone in (from_file, backbone_from_comfy_checkpoint(bare, 3)):
-        state_dict = backbone.state_dict()
-        assert state_dict.keys() == source.keys()
-        assert all(torch.equal(state_dict[key], source[key]) for key in source)
-    assert "joint_blocks.0.x_block.attn.qkv.weight" in bare
 
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 5), (0, 8)])
