@@ -5,8 +5,8 @@
     f_v = tokens                                                   (B, (H/2)(W/2), width)
 
 Every module is diffusers' own, from `SD3Transformer2DModel`. Tokens can also be tapped on the way: tap n is
-what leaves the n-th block, tap 0 what enters the first. Unless it is tapped, the last kept block's text output
-feeds nothing; that block is then built `context_pre_only`: it has no text feed-forward, no text output
+what leaves the n-th block, tap 0 what enters the first. Unless it is tapped, the last kept block's text
+output feeds nothing; that block is then built `context_pre_only`: it has no text feed-forward, no text output
 projection, and only the two rows of the text modulation (scale and shift before attention) that reach the
 image. The image tokens are those of the full model after that block.
 """
@@ -200,9 +200,9 @@ class TruncatedSD3(nn.Module):
 def truncate_state_dict(state_dict: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
     """The weights of a whole SD3Transformer2DModel that TruncatedSD3(config) holds.
 
-    A last block cut down to its image side was not the model's last: it has a six-part text modulation (shift,
-    scale, gate of attention, then of the feed-forward). Only the first two remain, in the order (scale, shift)
-    of AdaLayerNormContinuous.
+    Where the last kept block loses its text output and was not the model's last, it has a six-part text
+    modulation (shift, scale, gate of attention, then of the feed-forward). Only the first two remain, in the
+    order (scale, shift) of AdaLayerNormContinuous.
     """
     last = config.num_kept - 1
     cut_text = config.num_kept < config.num_layers and not config.keeps_text_output

@@ -10,7 +10,6 @@ from drm.backbone import (
     sd35_medium_config,
     truncate_state_dict,
 )
-from tests.tiny import tiny_transformer
 
 
 def tokens_of_whole_model(transformer, num_kept, latents, timestep, prompt_embeds, pooled):

@@ -145,7 +145,7 @@ def test_cut_short(bases, tmp_path, name, keep):
     if "pipeline" in name:
         (folder / "config.json").write_text((bases / name).with_name("config.json").read_text())
         path = folder
-    with pytest.raises(BaseError, match="damaged or cut short .*download it again"):
+    with pytest.raises(BaseError, match=r"damaged or cut short .*download it again"):
         load_backbone(path, 1)
 
 
