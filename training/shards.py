@@ -3,7 +3,7 @@
     meta.json                  {"format": "drm-encoded-pairs", "version": 1, "latent": [C, H, W],
                                 "t5_lengths": [...], "weights": {source: weight}, ...}
     images-00000.safetensors   latents (n, C, H, W), model space
-    prompts-00000.safetensors  clip (n, 77, 2048), pooled (n, 2048), t5_77 (n, 77, 4096), t5_256 (n, 256, 4096)
+    prompts-00000.safetensors  clip (n, 77, 2048), pooled (n, 2048), t5_77 (n, 77, 4096), t5_256 (...)
     pairs.parquet              prompt, chosen, rejected (global indices), weight, label = P(chosen preferred),
                                source, held_out, row
 
@@ -138,7 +138,7 @@ class _Shards:
 
 
 class EncodedPairs:
-    """A folder of encoded pairs: `columns` (a dict of tensors and lists), `meta`, latents and prompts by row."""
+    """A folder of encoded pairs: `columns` (tensors, lists by name), `meta`, latents and prompts by row."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -182,8 +182,8 @@ class EncodedPairs:
         for name, rows in (("prompt", self._prompts), ("chosen", self._images), ("rejected", self._images)):
             if len(columns[name]) and int(columns[name].max()) >= len(rows):
                 raise ShardError(
-                    f"{self.folder}: a pair names {name} {int(columns[name].max())} of {len(rows)}, a shard is"
-                    " missing: run training.encode again"
+                    f"{self.folder}: a pair names {name} {int(columns[name].max())} of {len(rows)}, a shard"
+                    " is missing: run training.encode again"
                 )
         return columns
 

@@ -1,0 +1,165 @@
+"""Checkpoints of a training run: whole, written to a temporary name and renamed, the last few kept.
+
+    OUT/step_00000500/state.safetensors   model.*, optimizer.*, ema.*: what learns, from all processes
+    OUT/step_00000500/state.json          the step, the configuration's hash, the optimizer's plain numbers
+
+Full tensors under the names of the unwrapped model: a run goes on with any number of processes, wrapped in
+DDP, FSDP or nothing. There is no random state to keep, every draw being a function of the step.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+SCATTER = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says which and what is left."""
+
+
+def folder_of(out: Path, step: int) -> Path:
+    return out / f"step_{step:08d}"
+
+
+def steps_in(out: Path) -> list[int]:
+    """Steps that have a whole checkpoint, oldest first."""
+    return sorted(
+        int(path.name.removeprefix("step_")) for path in out.glob("step_*") if path.name[5:].isdigit()
+    )
+
+
+class Averaged:
+    """Exponential averages of what learns, under the unwrapped names; early on over a shorter window, since
+    they would be mostly the first weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.learned = [(n, p) for n, p in model.named_parameters() if p.requires_grad] if decay else []
+        self.values = [parameter.detach().clone() for _, parameter in self.learned]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for value, (_, parameter) in zip(self.values, self.learned, strict=True):
+            value.lerp_(parameter.detach(), weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights in place; twice is nothing."""
+        for value, (_, parameter) in zip(self.values, self.learned, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
+    """{"tensors": name -> CPU tensor, "optimizer": plain numbers}; every process takes part."""
+    tensors = _weights(model, "model")
+    if averaged.values:
+        averaged.swap()
+        tensors |= _weights(model, "ema")
+        averaged.swap()
+    state = get_optimizer_state_dict(model, optimizer, options=GATHER)
+    for name, entries in state["state"].items():
+        tensors |= {f"optimizer.{key}.{name}": torch.as_tensor(value) for key, value in entries.items()}
+    return {"tensors": tensors, "optimizer": {"param_groups": state["param_groups"]}}
+
+
+def _weights(model: nn.Module, part: str) -> dict[str, Tensor]:
+    # On a CPU the gathered tensors are the weights themselves, which go on changing.
+    return {f"{part}.{k}": v.clone() for k, v in get_model_state_dict(model, options=GATHER).items()}
+
+
+def write(out: Path, step: int, gathered: dict, facts: dict, keep: int) -> None:
+    """One process writes; older checkpoints go when the new one is whole. CheckpointError when the disk is
+    full or fails: what was there before is still there.
+    """
+    target = folder_of(out, step)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        tensors = {name: tensor.contiguous() for name, tensor in gathered["tensors"].items()}
+        save_file(tensors, temporary / "state.safetensors")
+        text = json.dumps({"step": step, **facts, "optimizer": gathered["optimizer"]})
+        (temporary / "state.json").write_text(text)
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        whole = steps_in(out)
+        left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint was made"
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = "the disk is full" if full else str(error)
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {out} ({why}): {left}; make room and start the"
+            " same command again"
+        ) from error
+    for old in steps_in(out)[:-keep]:
+        shutil.rmtree(folder_of(out, old), ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint; half-written ones of a killed run are removed."""
+    for path in out.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    steps = steps_in(out)
+    return folder_of(out, steps[-1]) if steps else None
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
+    """Puts a checkpoint into model, optimizer and averages in place; returns its facts (step, ...)."""
+    try:
+        facts = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read ({error}): delete it to go on from the one before"
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    if averaged.values:
+        set_model_state_dict(model, parts["ema"], options=SCATTER)
+        averaged.swap()
+    set_model_state_dict(model, parts["model"], options=SCATTER)
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        key, _, parameter = name.partition(".")
+        state.setdefault(parameter, {})[key] = tensor
+    set_optimizer_state_dict(
+        model,
+        optimizer,
+        {"state": state, "param_groups": facts["optimizer"]["param_groups"]},
+        options=SCATTER,
+    )
+    return facts

@@ -1,0 +1,501 @@
+"""Train a diffusion reward model on encoded preference pairs, on one GPU or many.
+
+    python -m training.train_drm --config training/configs/drm_sd35_medium.yaml
+    accelerate launch --config_file training/configs/accelerate_8gpu.yaml -m training.train_drm --config ...
+
+    loss = mean of weight * -log sigmoid(s(chosen, sigma) - s(rejected, sigma)),  one sigma and noise per pair
+
+(DRM, CVPR 2026: Bradley-Terry on noisy latents.) Accelerate drives the processes. The global batch is the
+same for any number of them, and a run that was killed goes on from its last checkpoint as if it had not been:
+start the same command again. In train.out:
+
+    log.jsonl            one line a step        step_*/    checkpoints, the last few
+    evaluation.jsonl     held-out accuracy      reward.safetensors    the result, for ComfyUI's DRM Loader
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from drm import DRMFileError, preference, save_drm
+from training import checkpoints, network
+from training.base import BaseError
+from training.batches import Batch, HeldOutBatches, Mixture, Share, TrainingBatches, generator
+from training.config import ConfigError, DRMConfig, TrainConfig, read_config
+from training.shards import EncodedPairs, ShardError, replace_atomically
+
+SIGMA_PARTS = 4
+CALIBRATION_BINS = 10
+RESULT = "reward.safetensors"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then constant."""
+    return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+
+
+def pair_losses(win: Tensor, lose: Tensor, batch: Batch, kind: str) -> Tensor:
+    """Weighted mean loss of a micro-batch, a scalar; 0 with a graph when nothing in it weighs."""
+    if not bool(batch.weight.any()):
+        return 0.0 * (win.sum() + lose.sum())
+    if kind == "thurstone":
+        return preference.thurstone_loss(win, lose, batch.sigma, batch.label, batch.weight)
+    return preference.bradley_terry_loss(win, lose, batch.label, batch.weight)
+
+
+def some_of(rows: Tensor, count: int | None, seed: int) -> Tensor:
+    """`count` of the rows, drawn evenly from all of them and kept in their order; all when None."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator(seed, 6))[:count].sort().values]
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over the pairs of a step, added up over micro-batches and processes."""
+
+    sums: Tensor
+
+    NAMES = ("loss", "weight", "pairs", "right", "margin", "score", "squares")
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Tally:
+        return cls(torch.zeros(len(cls.NAMES), dtype=torch.float64, device=device))
+
+    def add(self, loss: Tensor, win: Tensor, lose: Tensor, batch: Batch) -> None:
+        """loss: the micro-batch's weighted mean."""
+        win, lose, real = win.detach().double(), lose.detach().double(), (batch.weight > 0).double()
+        right = (win > lose).double() + 0.5 * (win == lose).double()
+        weight = batch.weight.double().sum()
+        both = torch.stack([win, lose])
+        self.sums += torch.stack(
+            [
+                loss.detach().double() * weight,
+                weight,
+                real.sum(),
+                (right * real).sum(),
+                ((win - lose) * real).sum(),
+                (both * real).sum(),
+                (both.square() * real).sum(),
+            ]
+        )
+
+    def figures(self) -> dict[str, float]:
+        total = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        pairs = max(total["pairs"], 1.0)
+        mean = total["score"] / (2 * pairs)
+        return {
+            "loss": total["loss"] / max(total["weight"], 1e-12),
+            "accuracy": total["right"] / pairs,
+            "margin": total["margin"] / pairs,
+            "rewards/mean": mean,
+            "rewards/std": math.sqrt(max(0.0, total["squares"] / (2 * pairs) - mean * mean)),
+        }
+
+
+class Trainer:
+    """One run: network, data, optimiser and where they stand. `run` trains, evaluates and exports."""
+
+    def __init__(self, config: DRMConfig) -> None:
+        self.config, self.settings, self.out = config, config.train, Path(config.train.out)
+        self.accelerator = Accelerator(mixed_precision="no", log_with=_trackers(), project_dir=self.out)
+        self.device = self.accelerator.device
+        self.pairs = EncodedPairs(config.data.encoded)
+        half = self.settings.precision == "bf16"
+        drm = network.build(
+            config.model,
+            seed=self.settings.seed,
+            frozen_dtype=torch.bfloat16 if half else torch.float32,
+        )
+        _check_data(drm, self.pairs)
+        self.text_width, self.metadata = drm.prompt_dim, drm.metadata
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        held_out = self.pairs.columns["held_out"]
+        rows = some_of(torch.argwhere(~held_out).flatten(), config.data.limit, self.settings.seed)
+        weights = {**self.pairs.meta.get("weights", {}), **config.data.weights}
+        sources = [self.pairs.columns["source"][row] for row in rows.tolist()]
+        self.mixture = Mixture(rows, sources, weights, self.settings.seed)
+        self.held_out = some_of(torch.argwhere(held_out).flatten(), self.settings.held_out_pairs, 0)
+        per_epoch = math.ceil(len(self.mixture) / self.settings.global_batch)
+        self.steps = self.settings.steps or math.ceil(self.settings.epochs * per_epoch)
+        self.share = Share(
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            global_batch=self.settings.global_batch,
+            micro_batch=self.settings.micro_batch,
+        )
+        self.model, self.optimizer = self._prepare(drm)
+        self.averaged = checkpoints.Averaged(self.accelerator.unwrap_model(self.model), self.settings.ema)
+
+    def _prepare(self, drm: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in drm.parameters() if parameter.requires_grad],
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+        )
+        return self.accelerator.prepare(drm, optimizer)
+
+    def run(self) -> None:
+        """From the last checkpoint, or the start, to the exported model."""
+        start = self._resume()
+        self.accelerator.init_trackers("drm", config={"hash": self.config.hash()})
+        if start < self.steps:
+            self._train(start)
+        table = self.evaluate(self.steps, CALIBRATION_BINS)
+        self.export(table)
+        self.accelerator.end_training()
+
+    def _resume(self) -> int:
+        self.out.mkdir(parents=True, exist_ok=True)
+        folder = checkpoints.latest(self.out)
+        if folder is None:
+            if self.accelerator.is_main_process:
+                _cut(self.out / "log.jsonl", 0)
+            return 0
+        facts = checkpoints.restore(
+            folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
+        )
+        if facts["run"] != self._identity():
+            differs = _first_difference(facts["run"], self._identity())
+            raise TrainingError(
+                f"{self.out} holds a run of another configuration ({differs} differs): give train.out another"
+                " folder, or delete that one to start anew"
+            )
+        if self.accelerator.is_main_process:
+            _cut(self.out / "log.jsonl", facts["step"])
+            _cut(self.out / "evaluation.jsonl", facts["step"] + 1)
+            print(f"going on from step {facts['step']} of {self.steps}", file=sys.stderr)
+        return facts["step"]
+
+    def _identity(self) -> dict:
+        """What must not change within a run; how it is spread, saved and for how long may."""
+        tree = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        free = {"out", "steps", "epochs", "micro_batch", "save_every", "keep", "evaluate_every", "workers"}
+        return {
+            "model": tree["model"] | {"gradient_checkpointing": None},
+            "data": tree["data"],
+            "train": {key: value for key, value in tree["train"].items() if key not in free},
+            "pairs": len(self.pairs),
+        }
+
+    def _loader(self, dataset: Dataset) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self.settings.workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if self.settings.workers else None,
+        )
+
+    def _train(self, start: int) -> None:
+        data = TrainingBatches(
+            self.pairs,
+            self.mixture,
+            self.share,
+            start=start,
+            steps=self.steps,
+            sigma=self.settings.sigma,
+            drop_t5=self.config.data.drop_t5,
+            text_width=self.text_width,
+            seed=self.settings.seed,
+        )
+        batches = _timed(self._loader(data))
+        bar = tqdm(
+            range(start, self.steps),
+            initial=start,
+            total=self.steps,
+            desc="reward model",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.accelerator.is_main_process:
+                log = stack.enter_context(open(self.out / "log.jsonl", "a"))
+            for step in bar:
+                row = self._step(step, data.total_weight(step), batches)
+                if log:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+                done, every = step + 1, self.settings.evaluate_every
+                if done % self.settings.save_every == 0 or done == self.steps:
+                    self._save(done)
+                if every and done % every == 0 and done != self.steps:
+                    self.evaluate(done)
+
+    def _step(self, step: int, total_weight: float, batches: Iterator[tuple[Batch, float]]) -> dict:
+        begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device)
+        for micro in range(self.share.micro_steps):
+            batch, seconds = next(batches)
+            waited += seconds
+            batch = batch.to(self.device)
+            last = micro + 1 == self.share.micro_steps
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                win, lose = self._scores(batch)
+                loss = pair_losses(win, lose, batch, self.settings.loss)
+                # DDP averages over processes, so each gives its part of the global mean times their number.
+                share = batch.weight.sum() / total_weight * self.share.world
+                self.accelerator.backward(loss * share)
+            tally.add(loss, win, lose, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.settings)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(learned, self.settings.clip)
+        tally.sums = self.accelerator.reduce(tally.sums, "sum")
+        figures, norm = tally.figures(), float(norm)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
+            rows = self.mixture_rows(step)
+            raise TrainingError(
+                f"the loss at step {step} is {figures['loss']}, the gradient's norm {norm}: no weight was"
+                f" changed; lower train.learning_rate, or look at the pairs of that step ({rows})"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averaged.update(step)
+        seconds = time.perf_counter() - begun
+        return {
+            "step": step,
+            **figures,
+            "grad_norm": norm,
+            "learning_rate": learning_rate_at(step, self.settings),
+            "samples_per_second": round(self.settings.global_batch / seconds, 3),
+            "waiting": round(waited / seconds, 4),
+        }
+
+    def mixture_rows(self, step: int) -> str:
+        """The first few places the pairs of a step came from."""
+        per_epoch = math.ceil(len(self.mixture) / self.settings.global_batch)
+        number, place = divmod(step, per_epoch)
+        rows = self.mixture.epoch(number)[place * self.settings.global_batch :][:3]
+        return ", ".join(self.pairs.columns["row"][row] for row in rows.tolist())
+
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with self.autocast:
+            scores = self.model(
+                batch.noisy,
+                batch.sigma.repeat(2),
+                batch.prompt_embeds.repeat(2, 1, 1),
+                batch.pooled.repeat(2, 1),
+            )
+        return scores.float().chunk(2)
+
+    def _save(self, step: int) -> None:
+        gathered = checkpoints.gather(
+            self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
+        )
+        failed = None
+        if self.accelerator.is_main_process:
+            try:
+                facts = {"run": self._identity(), "config": self.config.hash()}
+                checkpoints.write(self.out, step, gathered, facts, self.settings.keep)
+            except checkpoints.CheckpointError as error:
+                failed = error
+        if failed:
+            raise failed
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def evaluate(self, step: int, bins: int | None = None) -> dict:
+        """Held-out accuracy by quarter of sigma, by source, and calibration when `bins` is given; {} without
+        held-out pairs. With averaged weights where they are kept.
+        """
+        if not len(self.held_out):
+            return {}
+        lengths = self.pairs.t5_lengths
+        data = HeldOutBatches(
+            self.pairs,
+            self.held_out,
+            rank=self.share.rank,
+            world=self.share.world,
+            micro_batch=self.settings.micro_batch,
+            sigmas_each=SIGMA_PARTS,
+            t5_length=lengths[0] if lengths else None,
+            text_width=self.text_width,
+            seed=self.settings.seed,
+        )
+        self.averaged.swap()
+        found = [self._held_out_scores(batch.to(self.device)) for batch, _ in _timed(self._loader(data))]
+        self.averaged.swap()
+        win, lose, sigma, weight = (
+            self.accelerator.gather(torch.stack(found, dim=1))
+            .unflatten(0, (-1, 4))
+            .permute(1, 2, 0, 3)
+            .flatten(1)
+            .cpu()
+        )
+        real = weight > 0
+        sigma, win, lose = sigma[: len(real)][real], win[real], lose[real]
+        sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
+        table = held_out_table(win, lose, sigma, sources)
+        if bins:
+            table["calibration"] = preference.calibration(
+                torch.cat([win, lose]), sigma.repeat(2), num_bins=bins
+            )
+        if self.accelerator.is_main_process:
+            with open(self.out / "evaluation.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **table}) + "\n")
+        return table
+
+    def _held_out_scores(self, batch: Batch) -> Tensor:
+        """(4, B): scores of chosen and rejected, sigma, weight."""
+        win, lose = self._scores(batch)
+        return torch.stack([win, lose, batch.sigma, batch.weight])
+
+    def export(self, table: dict) -> None:
+        """reward.safetensors: adapters merged, averaged weights, and where they come from in the header."""
+        self.averaged.swap()
+        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=checkpoints.WHOLE)
+        self.averaged.swap()
+        if not self.accelerator.is_main_process:
+            return
+        drm = network.build(self.config.model, seed=self.settings.seed)
+        drm.load_state_dict(state)
+        counts = {
+            source: sum(of == source for of in self.pairs.columns["source"])
+            for source in sorted(set(self.pairs.columns["source"]))
+        }
+        lengths = self.pairs.t5_lengths
+        facts = {
+            **self.metadata,
+            "name": self.config.name,
+            "text_length": self.pairs.meta.get("text_length")
+            or self.pairs.prompts([0], max(lengths) if lengths else None)[0].shape[1],
+            "base": Path(self.config.model.base).name,
+            "trained": self.config.model.train,
+            "data": counts,
+            "pairs_seen": self.steps * self.settings.global_batch,
+            "steps": self.steps,
+            "held_out": {key: value for key, value in table.items() if key != "calibration"},
+            "license": self.config.licence,
+            "config_sha256": self.config.hash(),
+        }
+        if "calibration" in table:
+            facts["calibration"] = table["calibration"]
+        save_drm(network.plain(drm), self.out / RESULT, metadata=facts, dtype=torch.float16)
+        print(f"reward model -> {self.out / RESULT}", file=sys.stderr)
+
+
+def held_out_table(win: Tensor, lose: Tensor, sigma: Tensor, sources: list[str]) -> dict:
+    """Accuracy over everything, by quarter of sigma from low to high, and by source (of views in order)."""
+    of = [source for source in sources for _ in range(SIGMA_PARTS)]
+    by_source = {}
+    for source in sorted(set(of)):
+        mask = torch.tensor([name == source for name in of])
+        by_source[source] = preference.preference_accuracy(win[mask], lose[mask])
+    return {
+        "pairs": len(sources),
+        "accuracy": preference.preference_accuracy(win, lose),
+        "by_sigma": preference.accuracy_by_sigma(win, lose, sigma, SIGMA_PARTS),
+        "by_source": by_source,
+    }
+
+
+def _timed(loader: DataLoader) -> Iterator[tuple[Batch, float]]:
+    """Each batch and the seconds it was waited for."""
+    batches = iter(loader)
+    while True:
+        begun = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a process that reads data died ({str(error).splitlines()[0]}): it may have run out of"
+                " memory; start the same command again, with a smaller train.workers if it recurs"
+            ) from error
+        yield batch, time.perf_counter() - begun
+
+
+def _check_data(drm: torch.nn.Module, pairs: EncodedPairs) -> None:
+    channels = pairs.latent_shape[0]
+    if channels != drm.in_channels:
+        raise TrainingError(
+            f"the encoded latents have {channels} channels, the base model takes {drm.in_channels}: encode"
+            " with the VAE of that model"
+        )
+    embeds, pooled = pairs.prompts([0], pairs.t5_lengths[0] if pairs.t5_lengths else None)
+    if embeds.shape[-1] > drm.prompt_dim or pooled.shape[-1] != drm.pooled_dim:
+        raise TrainingError(
+            f"the encoded prompts are {embeds.shape[-1]} wide and pooled {pooled.shape[-1]}, the base model"
+            f" takes {drm.prompt_dim} and {drm.pooled_dim}: encode with the text encoders of that model"
+        )
+
+
+def _first_difference(old: dict, new: dict) -> str:
+    for section, values in new.items():
+        if not isinstance(values, dict):
+            if old.get(section) != values:
+                return section
+            continue
+        for key, value in values.items():
+            if old.get(section, {}).get(key) != value:
+                return f"{section}.{key}"
+    return "a setting"
+
+
+def _cut(path: Path, step: int) -> None:
+    """Keeps the lines of steps before `step`: what a killed run wrote after its last checkpoint is redone."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the line it was killed in
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+    replace_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def _trackers() -> list[str]:
+    from accelerate.utils import is_tensorboard_available
+
+    return ["tensorboard"] if is_tensorboard_available() else []
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see training/configs")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
+    args = parser.parse_args(arguments)
+    try:
+        Trainer(read_config(args.config, DRMConfig, args.settings)).run()
+    except (
+        ConfigError,
+        ShardError,
+        BaseError,
+        DRMFileError,
+        TrainingError,
+        checkpoints.CheckpointError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # The other processes may wait for this one: leave at once, the launcher ends them.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
