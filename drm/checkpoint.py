@@ -3,14 +3,16 @@
 Safetensors metadata is text to text; ours is
     format   "drm-reward-model"
     version  "1"
-    header   JSON: architecture {backbone, head}, sigma (convention), text_length, calibration, sha256 of the
-             weights, metadata (anything its maker wrote)
+    header   JSON: architecture {backbone, head {kind, ...}}, sigma (convention), text_length, calibration,
+             shown (scale and offset of the score people see), sha256 of the weights, metadata (anything its
+             maker wrote)
 The weights are `backbone.*` in any float dtype and `head.*` in float32. The file is written beside its target
 and renamed, so a reader never sees half of one.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,13 +21,13 @@ import torch
 from torch import Tensor
 
 from .backbone import BackboneConfig, TruncatedSD3
-from .head import ConvHead
+from .head import ConvHead, QueryHead
 from .model import DRM
 
 FORMAT = "drm-reward-model"
 VERSION = 1
 SIGMA_CONVENTION = "x = (1 - sigma) * x0 + sigma * noise; timestep = 1000 * sigma"
-_OWN_FIELDS = ("text_length", "calibration")
+_OWN_FIELDS = ("text_length", "calibration", "shown")
 
 # What else people have in their folders, told by a piece of a key that only it (or what follows) has.
 _LOOKS_LIKE = (
@@ -62,9 +64,9 @@ def save_drm(
 ) -> None:
     """Writes the model to path (.safetensors), atomically.
 
-    metadata: JSON-able facts, added over drm.metadata; text_length and calibration have places of their own
-    in the header. dtype: what the backbone is stored in, its own dtype when not given; the head stays
-    float32.
+    metadata: JSON-able facts, added over drm.metadata; text_length, calibration and shown have places of
+    their own in the header. dtype: what the backbone is stored in, its own dtype when not given; the head
+    stays float32.
     """
     from safetensors.torch import save_file
 
@@ -79,7 +81,7 @@ def save_drm(
     header = {
         "architecture": {
             "backbone": drm.backbone.config.to_dict(),
-            "head": {"dim": drm.head.dim, "hidden": drm.head.hidden},
+            "head": drm.head.to_dict(),
         },
         "sigma": SIGMA_CONVENTION,
         **{name: facts.pop(name, None) for name in _OWN_FIELDS},
@@ -140,7 +142,19 @@ def _parse_header(name: str, text: dict[str, str], keys: Iterable[str]) -> dict:
         _ = header["architecture"]["backbone"], header["architecture"]["head"]
     except (KeyError, TypeError, ValueError) as error:
         raise DRMFileError(f"{name} has a broken header ({error!r}): download or save it again") from error
+    _check_shown(name, header.get("shown"))
     return {"format": FORMAT, "version": int(version), **header}
+
+
+def _check_shown(name: str, shown: object) -> None:
+    try:
+        good = shown is None or (math.isfinite(shown["offset"]) and 0 < shown["scale"] < math.inf)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise DRMFileError(
+            f"{name} shows its score as {shown}: wanted a scale above 0 and an offset, save it again"
+        )
 
 
 def read_header(path: str | os.PathLike) -> dict:
@@ -161,9 +175,19 @@ def _build(name: str, architecture: dict) -> DRM:
             for name, value in architecture["backbone"].items()
         }
         with torch.device("meta"):
-            return DRM(TruncatedSD3(BackboneConfig(**backbone)), ConvHead(**architecture["head"]))
+            return DRM(TruncatedSD3(BackboneConfig(**backbone)), _build_head(architecture["head"]))
     except (TypeError, KeyError, ValueError) as error:
         raise DRMFileError(f"{name} describes a model this code cannot build: {error}") from error
+
+
+def _build_head(head: dict) -> ConvHead | QueryHead:
+    # Files from before there was a second kind say none.
+    kind, arguments = head.get("kind", "conv"), {key: value for key, value in head.items() if key != "kind"}
+    if kind == "conv":
+        return ConvHead(**arguments)
+    if kind == "query":
+        return QueryHead(**arguments)
+    raise ValueError(f"its head is of kind {kind!r}, known are 'conv' and 'query'; update ComfyUI-DRM")
 
 
 def load_drm(

@@ -1,27 +1,38 @@
 """The diffusion reward model: a truncated SD3 backbone and a head, from noisy latents to a score.
 
-    score = head(backbone(x_sigma, timestep = 1000 sigma, positive prompt))
+    raw = head(backbone(x_sigma, timestep = 1000 sigma, positive prompt));  score = scale * raw + offset
 
 (DRM: Diffusion-based Reward Model With Step-wise Guidance, CVPR 2026.) Latents are in model space and carry
 the noise that sigma says; only the positive prompt is given, there is no guidance in a reward model. Scores
-rank pictures at one sigma; across sigmas they compare only after calibration.
+rank pictures at one sigma; across sigmas they compare only after calibration. scale and offset are 1 and 0
+unless the model's maker shows its score otherwise.
 """
 
 import torch
 from torch import Tensor, nn
 
 from .backbone import TruncatedSD3
-from .head import ConvHead
+from .head import ConvHead, QueryHead
 
 
 class DRM(nn.Module):
-    """metadata: what is known about the model (text_length, calibration, name, ...), kept in its file."""
+    """metadata: what is known about the model (text_length, calibration, name, ...), kept in its file; its
+    "shown", {"scale", "offset"}, is how `score` shows the raw score.
+    """
 
-    def __init__(self, backbone: TruncatedSD3, head: ConvHead, metadata: dict | None = None) -> None:
+    def __init__(
+        self, backbone: TruncatedSD3, head: ConvHead | QueryHead, metadata: dict | None = None
+    ) -> None:
         super().__init__()
         if head.dim != backbone.config.width:
             raise ValueError(
                 f"the head takes tokens of width {head.dim}, the backbone's are {backbone.config.width}"
+            )
+        taps = len(backbone.config.image_taps), len(backbone.config.text_taps)
+        if isinstance(head, QueryHead) and head.taps != taps:
+            raise ValueError(
+                f"the head reads {head.taps[0]} image and {head.taps[1]} text taps, the backbone has"
+                f" {taps[0]} and {taps[1]}"
             )
         self.backbone = backbone
         self.head = head
@@ -76,19 +87,21 @@ class DRM(nn.Module):
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
     ) -> Tensor:
-        """Scores (B,) in float32, with gradients; see `score` for the arguments."""
+        """Raw scores (B,) in float32, with gradients; see `score` for the arguments."""
         self._check_shapes(latents, prompt_embeds, pooled_prompt_embeds)
         batch = len(latents)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
         if sigma.numel() not in (1, batch):
             raise ValueError(f"{sigma.numel()} sigmas for {batch} latents: give one, or one for each")
-        tokens = self.backbone(
+        features = self.backbone.features(
             latents,
             1000 * sigma.reshape(-1).expand(batch),
             prompt_embeds.expand(batch, -1, -1),
             pooled_prompt_embeds.expand(batch, -1),
         )
-        return self.head(tokens, *self.backbone.token_grid(*latents.shape[-2:]))
+        if isinstance(self.head, QueryHead):
+            return self.head(features)
+        return self.head(features.tokens, *self.backbone.token_grid(*latents.shape[-2:]))
 
     @torch.no_grad()
     def score(
@@ -98,7 +111,7 @@ class DRM(nn.Module):
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
     ) -> Tensor:
-        """Scores (B,) in float32, higher is better, without gradients.
+        """Scores (B,) in float32 as its maker shows them, higher is better, without gradients.
 
         latents: (B, C, H, W) in model space at noise sigma, sides in multiples of the patch. sigma: one
         number in [0, 1] or one for each, (B,). prompt_embeds (B or 1, T, prompt_dim), pooled_prompt_embeds (B
@@ -111,4 +124,6 @@ class DRM(nn.Module):
             raise ValueError(f"sigma is {values.flatten().tolist()}: wanted 0 (clean) to 1 (pure noise)")
         if not bool(torch.isfinite(latents).all()):
             raise ValueError("latents hold NaN or infinity: look at what made them (a broken VAE or model)")
-        return self(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+        raw = self(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+        shown = self.metadata.get("shown")
+        return raw if shown is None else shown["scale"] * raw + shown["offset"]

@@ -53,7 +53,7 @@ def test_header_and_metadata(drm, tmp_path):
     header = read_header(path)
     assert (header["format"], header["version"]) == ("drm-reward-model", 1)
     assert header["architecture"]["backbone"]["num_kept"] == 2
-    assert header["architecture"]["head"] == {"dim": 128, "hidden": 32}
+    assert header["architecture"]["head"] == {"kind": "conv", "dim": 128, "hidden": 32}
     assert header["sigma"].startswith("x = (1 - sigma) * x0 + sigma * noise")
     assert (header["text_length"], header["calibration"]) == (20, table)
     assert header["metadata"] == {"name": "other", "licence": "Apache-2.0"}
