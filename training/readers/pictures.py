@@ -1,7 +1,7 @@
 """Pictures where the published sets keep them: files below a folder, or bytes in a parquet column.
 
-Nothing is read before `open`. A parquet column is walked forwards, a few rows in memory at a time, so
-pictures opened in the order of their rows cost one pass over the file.
+Nothing is read before `open`. A parquet column is walked forwards, a page and a few rows in memory at a time,
+so pictures opened in the order of their rows cost one pass over the file.
 """
 
 from __future__ import annotations
