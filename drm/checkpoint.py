@@ -10,6 +10,7 @@ The weights are `backbone.*` in any float dtype and `head.*` in float32. The fil
 and renamed, so a reader never sees half of one.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -66,8 +67,9 @@ def save_drm(
 
     metadata: JSON-able facts, added over drm.metadata; text_length, calibration and shown have places of
     their own in the header. dtype: what the backbone is stored in, its own dtype when not given; the head
-    stays float32.
+    stays float32. Raises DRMFileError when the file cannot be written; what was there before then stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -89,15 +91,25 @@ def save_drm(
         "metadata": facts,
     }
     text = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header, allow_nan=False)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata=text)
         # safetensors writes files for their owner alone; models are shared.
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise DRMFileError(
+            f"{path} could not be written ({error}): look at the disk and its rights"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    # What stands in for the folder may be a file.
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def looks_like(keys: Iterable[str]) -> str:
