@@ -3,8 +3,8 @@
     python -m training.demo.shards --out runs/demo/encoded     # the demo's pairs, after its recipe
     python -m benchmarks.reward_studies --out runs/studies     # trains what is not there yet
 
-Every model is trained by `training.train_drm` on the same demo pairs and judged from its exported file, on all
-held-out pairs (48 concepts no model saw), each at the four quarters of sigma. Intervals are 95 %, by
+Every model is trained by `training.train_drm` on the same demo pairs and judged from its exported file, on
+all held-out pairs (48 concepts no model saw), each at the four quarters of sigma. Intervals are 95 %, by
 resampling concepts and, where a row has several, seeds.
 
     ablation   backbone from the generator against fresh weights, equal steps, three seeds
@@ -68,11 +68,12 @@ def train(run: Run, out: Path) -> Path:
     if not (folder / "reward.safetensors").exists():
         settings = (*run.settings, f"train.out={folder}", "train.evaluate_every=100")
         print(f"training {run.name}", flush=True)
-        subprocess.run(
-            [sys.executable, "-m", "training.train_drm", "--config", CONFIG, *settings],
-            check=True,
-            stderr=open(out / f"{run.name}.log", "w"),
-        )
+        with open(out / f"{run.name}.log", "w") as log:
+            subprocess.run(
+                [sys.executable, "-m", "training.train_drm", "--config", CONFIG, *settings],
+                check=True,
+                stderr=log,
+            )
     return folder / "reward.safetensors"
 
 

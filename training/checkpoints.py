@@ -73,16 +73,18 @@ class Averaged:
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
-    """{"tensors": name -> CPU tensor, "optimizer": plain numbers}; every process takes part."""
+    """{"tensors": name -> CPU tensor, "optimizer": plain numbers}; every process takes part, the first gets
+    it, the others may get nothing.
+    """
     tensors = _weights(model, "model")
     if averaged.values:
         averaged.swap()
         tensors |= _weights(model, "ema")
         averaged.swap()
     state = get_optimizer_state_dict(model, optimizer, options=GATHER)
-    for name, entries in state["state"].items():
+    for name, entries in state.get("state", {}).items():
         tensors |= {f"optimizer.{key}.{name}": torch.as_tensor(value) for key, value in entries.items()}
-    return {"tensors": tensors, "optimizer": {"param_groups": state["param_groups"]}}
+    return {"tensors": tensors, "optimizer": {"param_groups": state.get("param_groups", [])}}
 
 
 def _weights(model: nn.Module, part: str) -> dict[str, Tensor]:

@@ -94,7 +94,10 @@ def main() -> None:
     shards.write_prompt_shard(args.out, 0, {"clip": embeds.half(), "pooled": pooled.half()})
     shards.write_pairs(args.out, columns)
     meta = {"latent": list(latents.shape[1:]), "t5_lengths": [], "dtype": "float16", "resolution": data.SIZE}
-    shards.write_meta(args.out, {**meta, "encoders": {"name": "demo"}, "text_length": text.LENGTH})
+    meta |= {"encoders": {"name": "demo"}, "text_length": text.LENGTH}
+    # whose prompt each is, so that studies can resample concepts
+    meta["concepts"] = pool.concept.repeat_interleave(PHRASINGS).tolist()
+    shards.write_meta(args.out, meta)
     print(
         f"{len(columns['prompt'])} pairs of {len(latents)} pictures, {len(captions)} captions -> {args.out}"
     )

@@ -1,0 +1,88 @@
+"""Training runs as real processes on the CPU: several of them over gloo, or one that is killed.
+
+A fork server that has imported the trainer once makes each process cheap.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from training.config import DRMConfig
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training.train_drm", "tests.tiny"])
+TIMEOUT = 240
+
+
+def _run(config: DRMConfig, rank: int, world: int, port: int, errors: str | None) -> None:
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    if world > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(environment)
+    import torch
+
+    from training.train_drm import Trainer
+
+    torch.set_num_threads(1)
+    sys.stderr = open(errors or os.devnull, "w", buffering=1)  # noqa: SIM115 - open until the process ends
+    Trainer(config).run()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(config: DRMConfig, world: int = 1, errors: Path | None = None) -> list:
+    """Processes that train `config` together."""
+    port = free_port()
+    processes = [
+        CONTEXT.Process(target=_run, args=(config, rank, world, port, str(errors) if errors else None))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def train(config: DRMConfig, world: int = 1) -> None:
+    """Train to the end; every process must end well."""
+    processes = start(config, world)
+    for process in processes:
+        process.join(TIMEOUT)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def train_and_kill(config: DRMConfig, lines: int, delay: float) -> None:
+    """Kill -9 the run `delay` seconds after its log has so many lines (0: after its folder is there)."""
+    (process,) = start(config)
+    log, deadline = Path(config.train.out) / "log.jsonl", time.monotonic() + TIMEOUT
+    while len(log_lines(log)) < lines and process.is_alive():
+        assert time.monotonic() < deadline, "the run wrote no log"
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+
+
+def log_lines(path: Path) -> list[dict]:
+    """Whole lines of a run's log."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            found.append(json.loads(line))
+    return found
+
+
+def numbers(path: Path) -> list[dict]:
+    """The log without what the clock says."""
+    clock = {"samples_per_second", "waiting"}
+    return [{key: value for key, value in row.items() if key not in clock} for row in log_lines(path)]
