@@ -114,14 +114,21 @@ def write(out: Path, step: int, gathered: dict, facts: dict, keep: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         whole = steps_in(out)
         left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint was made"
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        why = "the disk is full" if full else str(error)
+        why = "the disk is full" if is_disk_full(error) else str(error)
         raise CheckpointError(
             f"cannot write the checkpoint of step {step} to {out} ({why}): {left}; make room and start the"
             " same command again"
         ) from error
     for old in steps_in(out)[:-keep]:
         shutil.rmtree(folder_of(out, old), ignore_errors=True)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether writing failed for want of room; safetensors gives the system's number in its text only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno:
+        return error.errno in numbers
+    return any(f"os error {number})" in str(error) for number in numbers)
 
 
 def _sync(path: Path) -> None:

@@ -67,7 +67,7 @@ def write_base(path: Path, seed: int = 0) -> Path:
 
 
 def make_config(folder: Path, *, model: dict | None = None, data: dict | None = None, **train) -> DRMConfig:
-    """A configuration for write_encoded and write_base's files in `folder`, two blocks, 5 steps of 8 pairs."""
+    """A configuration for what write_encoded and write_base put in `folder`: 5 steps of 8 pairs."""
     return DRMConfig(
         version=1,
         name="tiny",

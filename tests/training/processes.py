@@ -86,3 +86,29 @@ def numbers(path: Path) -> list[dict]:
     """The log without what the clock says."""
     clock = {"samples_per_second", "waiting"}
     return [{key: value for key, value in row.items() if key not in clock} for row in log_lines(path)]
+
+
+def _command(arguments: list[str], errors: str, file_limit: int | None) -> None:
+    import resource
+
+    import torch
+
+    from training.train_drm import main
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    if file_limit:  # as a full disk does, writing past it fails
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115 - open until the process ends
+    main(arguments)
+
+
+def command(arguments: list[str], folder: Path, file_limit: int | None = None) -> tuple[int, list[str]]:
+    """`python -m training.train_drm` with these arguments: its exit status and the error lines it printed."""
+    errors = folder / "stderr.txt"
+    process = CONTEXT.Process(target=_command, args=(arguments, str(errors), file_limit))
+    process.start()
+    process.join(TIMEOUT)
+    lines = errors.read_text().replace("\r", "\n").splitlines()
+    assert not any("Traceback" in line for line in lines), lines
+    return process.exitcode, [line for line in lines if line.startswith("error: ")]
