@@ -1,0 +1,344 @@
+"""The command from published files to table, JSON and figure, its numbers recomputed here; and bad input."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPModel, CLIPProcessor
+
+from drm import DRM, load_drm, save_drm
+from drm.backbone import TruncatedSD3
+from tests.tiny import tiny_drm
+from tests.training.preference_fixtures import make_fixtures
+from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
+from tests.training.tiny_clip import write_tiny_clip
+from training import evaluate
+from training.benchmarks import FORMATS, source_of
+from training.config import read_config
+from training.encoders import SD3Encoders
+from training.evaluate import EvaluateConfig, main
+from training.readers import Report, read_rankings
+from training.scoring import prompt_noise, t5_length
+
+ROWS = {"imagereward": 3, "pickapic_test": 7, "pickapic_test_unique": 4, "pickapic_validation_unique": 3}
+ROWS |= {"hpdv2": 3, "hpdv3": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The fixtures, with the first training file of Pick-a-Pic under the name of a test file."""
+    folder = make_fixtures(tmp_path_factory.mktemp("sets") / "data")
+    parquet = folder / "pickapic" / "data"
+    first = parquet / "train-00000-of-00002-0a1b2c3d4e5f6071.parquet"
+    first.rename(parquet / "test-00000-of-00001-0a1b2c3d4e5f6071.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
+def write_config(path, data, **changes):
+    """A configuration over all six test sets; JSON is YAML."""
+    places = {name: {"path": str(data / "pickapic")} for name in FORMATS if name.startswith("pickapic")}
+    for name in ("imagereward", "hpdv2", "hpdv3"):
+        places[name] = {"path": str(data / name / "test.json")}
+    tree = {
+        "version": 1,
+        "benchmarks": places,
+        "out": str(path / "out"),
+        "bad_rows": 0.5,
+        "workers": 2,
+        "batch": 5,
+    }
+    (path / "evaluate.yaml").write_text(json.dumps(tree | changes))
+    return str(path / "evaluate.yaml")
+
+
+def rankings_of(config, name):
+    source = source_of(name, FORMATS[name], getattr(read_config(config, EvaluateConfig).benchmarks, name))
+    return list(read_rankings(source, Report()))
+
+
+def accuracies(config, score):
+    """Every column straight from its definition, pair by pair, without training.protocols."""
+
+    def scored(name):
+        return [(r.ranks, [score(r.prompt, p.open()) for p in r.pictures]) for r in rankings_of(config, name)]
+
+    right = counted = 0
+    for ranks, scores in scored("imagereward"):
+        for i in range(len(ranks)):
+            for j in range(len(ranks)):
+                if ranks[i] < ranks[j]:
+                    right, counted = right + (scores[i] > scores[j]), counted + 1
+    found = {"imagereward": right / counted}
+    per_prompt = []
+    for ranks, scores in scored("hpdv2"):
+        n, inversions = len(ranks), 0
+        for i in range(n):
+            for j in range(n):
+                inversions += ranks[i] < ranks[j] and scores[i] < scores[j]
+        per_prompt.append(1 - inversions / (n * (n - 1) / 2))
+    found["hpdv2"] = np.mean(per_prompt)
+    found["hpdv3"] = np.mean([scores[0] > scores[1] for _, scores in scored("hpdv3")])
+    for column, name in (("pickscore_unique", "pickapic_test_unique"), ("pickscore_test", "pickapic_test")):
+        untied = [(ranks, scores) for ranks, scores in scored(name) if ranks[0] != ranks[1]]
+        found[column] = np.mean(
+            [(ranks[0] < ranks[1]) == (scores[0] > scores[1]) for ranks, scores in untied]
+        )
+
+    def official(name, threshold):
+        total = []
+        for ranks, scores in scored(name):
+            p = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            guess = "tie" if abs(p[0] - p[1]) <= threshold else ("first" if p[0] > p[1] else "second")
+            label = "tie" if ranks[0] == ranks[1] else ("first" if ranks[0] < ranks[1] else "second")
+            total.append(1 if guess == label else 0.5 * ("tie" in (guess, label)))
+        return sum(total) / len(total)
+
+    tried = [official("pickapic_validation_unique", k / 10) for k in range(11)]
+    threshold = tried.index(max(tried)) / 10
+    found["pickscore_official"] = official("pickapic_test_unique", threshold)
+    return found, threshold
+
+
+def test_a_rival_through_the_command(data, clip, tmp_path, capsys):
+    config = write_config(tmp_path, data)
+    assert main(["--config", config, "--rival", f"Tiny=pickscore:{clip}", "--paper"]) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert (out / "table.md").read_text() == printed.rstrip("\n") + "\n"
+    tree = json.loads((out / "evaluation.json").read_text())
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+
+    def score(prompt, picture):
+        inputs = processor(
+            text=[prompt], images=picture, padding=True, truncation=True, max_length=16, return_tensors="pt"
+        )
+        with torch.no_grad():
+            return model(**inputs).logits_per_image.item()
+
+    expected, threshold = accuracies(config, score)
+    found = {result["column"]: result for result in tree["results"]}
+    assert {column: result["accuracy"] for column, result in found.items()} == pytest.approx(expected)
+    assert found["pickscore_official"]["threshold"] == threshold
+    row = next(line for line in printed.splitlines() if line.startswith("| Tiny "))
+    for column, result in found.items():
+        assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
+        interval = f"{100 * result['accuracy']:.1f} [{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
+        assert interval in row, column
+    assert "| DRM (published)" in printed
+    assert " 73.4 (*) " in printed
+    used = {name: counts["used"] for name, counts in tree["test_sets"].items()}
+    assert used == ROWS
+    with Image.open(out / "accuracy.png") as figure:
+        assert figure.format == "PNG"
+        assert len(figure.convert("L").getcolors()) > 10
+
+
+def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, monkeypatch):
+    config = write_config(tmp_path, data, benchmarks={"hpdv2": {"path": str(data / "hpdv2" / "test.json")}})
+    arguments = ["--config", config, "--rival", f"Tiny=clip:{clip}"]
+    assert main(arguments) == 0
+    whole = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    (book,) = (tmp_path / "out" / "scores").glob("Tiny-*.jsonl")
+    lines = book.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 27
+    # As if killed in the middle of a line of the third batch.
+    book.write_bytes(b"".join(lines[:12]) + lines[12][:20])
+    calls = []
+    original = evaluate.rivals.load_rival
+
+    def counting(spec, device):
+        function = original(spec, device)
+
+        def score(prompt, pictures):
+            calls.append(len(pictures))
+            return function(prompt, pictures)
+
+        return score
+
+    monkeypatch.setattr(evaluate.rivals, "load_rival", counting)
+    assert main(arguments) == 0
+    assert sum(calls) == 27 - 10  # two whole batches of five were there
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"] == whole
+    scored = {tuple(json.loads(line)) for line in book.read_bytes().splitlines()}
+    assert scored == {tuple(json.loads(line)) for line in lines}
+    calls.clear()
+    assert main(arguments) == 0
+    assert calls == []
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3") / "pipeline"
+    build_pipeline(folder)
+    return folder
+
+
+def write_drm(path, seed=0, **changes):
+    """A random reward model that reads 77 CLIP tokens and 5 of T5."""
+    sizes = {"joint_attention_dim": T5_WIDTH, "pooled_projection_dim": sum(CLIP_WIDTHS)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_drm(tiny_drm(seed=seed, **sizes | changes), path, metadata={"text_length": 82})
+    return str(path)
+
+
+def test_reward_models_through_the_command(data, encoders, clip, tmp_path, capsys):
+    models = [write_drm(tmp_path / "drm" / f"{name}.safetensors", seed) for seed, name in enumerate("ab")]
+    config = write_config(tmp_path, data, encoders=str(encoders), resolution=64)
+    arguments = [
+        "--config",
+        config,
+        "--models",
+        *models,
+        "--rival",
+        f"Tiny=clip:{clip}",
+        "--sigma",
+        "0",
+        "0.6",
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    names = [line.split("|")[1:3] for line in printed.splitlines()[2:7]]
+    assert [[name.strip(), sigma.strip()] for name, sigma in names] == [
+        ["a", "0"],
+        ["a", "0.6"],
+        ["b", "0"],
+        ["b", "0.6"],
+        ["Tiny", ""],
+    ]
+    sd3 = SD3Encoders.from_folder(encoders)
+    for path in models:
+        drm = load_drm(path)
+        for sigma in (0.0, 0.6):
+
+            def score(prompt, picture, drm=drm, sigma=sigma):
+                x0 = sd3.encode_pictures([picture], 64)
+                noisy = (1 - sigma) * x0 + sigma * prompt_noise(prompt, x0.shape[1:], seed=0)
+                return drm.score(noisy, sigma, *sd3.encode_prompts([prompt], 5)).item()
+
+            expected, _ = accuracies(config, score)
+            name = path[-len("a.safetensors")]
+            own = [r for r in tree["results"] if (r["scorer"], r["sigma"]) == (name, sigma)]
+            assert {r["column"]: r["accuracy"] for r in own} == pytest.approx(expected)
+    facts = tree["scorers"][0]
+    assert facts["sha256"] == hashlib.sha256(Path(models[0]).read_bytes()).hexdigest()
+    assert (facts["text_length"], facts["t5_length"]) == (82, 5)
+    hpdv3 = data / "hpdv3" / "test.json"
+    assert tree["test_sets"]["hpdv3"]["files_sha256"] == {
+        str(hpdv3): hashlib.sha256(hpdv3.read_bytes()).hexdigest()
+    }
+    assert tree["versions"]["torch"] == torch.__version__
+
+
+def test_noise_is_shared_by_the_pictures_of_a_prompt():
+    one = prompt_noise("a cat", (16, 8, 8), seed=0)
+    torch.testing.assert_close(one, prompt_noise("a cat", (16, 8, 8), seed=0), rtol=0, atol=0)
+    assert (one - prompt_noise("a dog", (16, 8, 8), seed=0)).abs().mean() > 0.5
+    assert (one - prompt_noise("a cat", (16, 8, 8), seed=1)).abs().mean() > 0.5
+    assert one.std() == pytest.approx(1, abs=0.1)
+
+
+def test_text_length_of_a_header():
+    assert [t5_length(length) for length in (77, 154, 333, 20, None)] == [None, 77, 256, None, 256]
+
+
+def fails(arguments, capsys, *pieces):
+    """The command ends with 1 and one line on stderr that has all the pieces."""
+    assert main(arguments) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    for piece in pieces:
+        assert piece in line, line
+
+
+def test_models_that_cannot_be_evaluated(data, encoders, tmp_path, capsys):
+    config = write_config(tmp_path, data, encoders=str(encoders), resolution=64)
+    base = ["--config", config, "--models"]
+    other = tmp_path / "clip.safetensors"
+    save_file({"text_model.embeddings.weight": torch.zeros(2)}, other)
+    fails([*base, str(other)], capsys, "clip.safetensors is not a reward model", "a CLIP text encoder")
+    good = write_drm(tmp_path / "good" / "m.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(good).read_bytes()[:-100])
+    fails([*base, str(cut)], capsys, "cut.safetensors is damaged or cut short")
+    fails([*base, str(tmp_path / "none.safetensors")], capsys, "none.safetensors is not there")
+    fails([*base, good, good], capsys, "two scorers are called good/m")
+    wide = write_drm(tmp_path / "wide.safetensors", joint_attention_dim=256)
+    fails([*base, wide], capsys, "wide: the prompt embedding has shape", "wants width 256")
+    broken = tiny_drm(joint_attention_dim=T5_WIDTH, pooled_projection_dim=sum(CLIP_WIDTHS))
+    with torch.no_grad():
+        next(broken.head.parameters()).fill_(math.nan)
+    save_drm(broken, tmp_path / "nan.safetensors", metadata={"text_length": 77})
+    fails([*base, str(tmp_path / "nan.safetensors")], capsys, "nan gives nan at sigma 0 for", "float32")
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    fails(["--config", config], capsys, "nothing to evaluate")
+    fails([*base, good, "--encoders", str(tmp_path)], capsys, "has no vae")
+    no_encoders = write_config(tmp_path, data)
+    fails(["--config", no_encoders, "--models", good], capsys, "models need `encoders`")
+    fails([*base, good, "--sigma", "1.5"], capsys, "sigmas is (1.5,): wanted numbers in 0 to 1")
+    fails(["--config", config, "devise=cuda"], capsys, "devise is not a setting, the nearest is device")
+
+
+def test_latents_of_another_family(data, encoders, tmp_path, capsys):
+    """A reward model over 4-channel latents meets a VAE that makes 16."""
+    drm = tiny_drm(joint_attention_dim=T5_WIDTH, pooled_projection_dim=sum(CLIP_WIDTHS))
+    backbone = TruncatedSD3(dataclasses.replace(drm.backbone.config, in_channels=4))
+    save_drm(DRM(backbone, drm.head), tmp_path / "four.safetensors")
+    config = write_config(tmp_path, data, encoders=str(encoders), resolution=64)
+    four = str(tmp_path / "four.safetensors")
+    fails(["--config", config, "--models", four], capsys, "four: the latent has 16 channels", "reads 4")
+
+
+def test_test_sets_that_are_not_there_or_broken(data, clip, tmp_path, capsys):
+    hpdv3 = {"path": str(data / "hpdv3" / "test.json")}
+    rival = ["--rival", f"Tiny=clip:{clip}"]
+
+    def config(**sets):
+        return ["--config", write_config(tmp_path, data, benchmarks=sets), *rival]
+
+    assert main(config(hpdv3=hpdv3, hpdv2={"path": str(tmp_path / "test.json")})) == 0
+    printed = capsys.readouterr()
+    assert "its column stays empty" in printed.err
+    cells = [cell.strip() for cell in printed.out.splitlines()[2].split("|")[3:-1]]
+    assert cells[:5] == ["-"] * 5
+    assert cells[5].endswith("]")
+    fails(config(hpdv2={"path": str(tmp_path / "test.json")}), capsys, "no test set is there")
+    for text, piece in (("[]", "no row that can be used"), ('[{"prompt"', "cut short"), ("{}", "JSON list")):
+        (tmp_path / "empty.json").write_text(text)
+        fails(config(hpdv3={"path": str(tmp_path / "empty.json")}), capsys, piece)
+    # Rows lost when read, and rows lost when their picture is opened.
+    strict = config(imagereward={"path": str(data / "imagereward" / "test.json")})
+    fails([*strict, "bad_rows=0.1"], capsys, "2 of 5 rows cannot be used", "at most 10.0%")
+    rows = json.loads((data / "hpdv3" / "test.json").read_text())
+    (tmp_path / "cut.jpg").write_bytes((data / "hpdv3" / rows[0]["path1"]).read_bytes()[:300])
+    for row in rows:
+        for key in ("path1", "path2"):
+            name = Path(row[key]).name
+            (tmp_path / name).write_bytes((data / "hpdv3" / row[key]).read_bytes())
+            row[key] = name
+    rows[1]["path2"] = "cut.jpg"
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    broken = config(hpdv3={"path": str(tmp_path / "test.json")})
+    fails([*broken, "bad_rows=0.2"], capsys, "1 of 4 rows cannot be used", "broken picture")
+    assert main([*broken, "bad_rows=0.25"]) == 0
+    tree = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (tree["test_sets"]["hpdv3"]["used"], tree["test_sets"]["hpdv3"]["bad"]) == (
+        3,
+        {"broken picture": 1},
+    )
+    assert tree["results"][0]["counted"] == 3
+    # Mended, it is read and scored.
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / rows[0]["path2"]).read_bytes())
+    assert main([*broken, "bad_rows=0"]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"][0]["counted"] == 4

@@ -1,0 +1,322 @@
+"""The paper's accuracy table for one or several reward models, beside any rival scorer.
+
+    python -m training.evaluate --config training/configs/evaluate.yaml --models a.safetensors b.safetensors
+    python -m training.evaluate --config ... --rival PickScore=pickscore:models/PickScore_v1 --paper
+    python -m training.evaluate --config ... --sigma 0 0.25 0.5 0.75 --out runs/by_sigma
+
+Columns: ImageReward, PickScore in its three forms, HPDv2 and HPDv3, each counted as it was published
+(training/protocols.py) with 95 % bootstrap intervals; a test set that is not given or not there is a "-".
+Pictures are encoded to latents at `resolution`, clean or noised to each sigma, prompts as long as each
+model's header says. In --out:
+
+    table.md          what is printed          evaluation.json    everything: counts, thresholds, hashes
+    accuracy.png      accuracy against sigma   scores/            every score; start again and it goes on
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from drm import DRMFileError, load_drm
+from drm.checkpoint import read_header
+from training import benchmarks, evaluation_report, protocols, rivals, scoring
+from training.benchmarks import COLUMNS, BenchmarkError, BenchmarksConfig
+from training.config import ConfigError, read_config
+from training.readers import Ranking, ReaderError
+
+if TYPE_CHECKING:
+    from training.encoders import SD3Encoders
+
+VERSION = 1
+
+
+class EvaluationError(RuntimeError):
+    """There is nothing to evaluate, or no way to; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`encoders`: a diffusers SD3 folder (for `models`). `rivals`: name to clip:FOLDER, pickscore:FOLDER or
+    module:function. `bad_rows`: share of a test set that may be unusable.
+    """
+
+    version: int
+    benchmarks: BenchmarksConfig
+    models: tuple[str, ...] = ()
+    rivals: dict[str, str] = dataclasses.field(default_factory=dict)
+    encoders: str | None = None
+    out: str = "runs/evaluation"
+    sigmas: tuple[float, ...] = (0.0,)
+    resolution: int = 512
+    batch: int = 16
+    workers: int = 4
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    bad_rows: float = 0.02
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            (self.version != VERSION, "version", self.version, f"{VERSION}"),
+            (not self.sigmas, "sigmas", self.sigmas, "at least one"),
+            (not all(0 <= sigma <= 1 for sigma in self.sigmas), "sigmas", self.sigmas, "numbers in 0 to 1"),
+            (len(set(self.sigmas)) < len(self.sigmas), "sigmas", self.sigmas, "each once"),
+            (self.batch < 1, "batch", self.batch, "at least 1"),
+            (self.resolution < 16 or self.resolution % 16, "resolution", self.resolution, "a multiple of 16"),
+            (self.resamples < 1, "resamples", self.resamples, "at least 1"),
+        ]
+        for is_wrong, key, value, wanted in wrong:
+            if is_wrong:
+                raise ConfigError(f"{key} is {value}: wanted {wanted}")
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Scores what is not scored yet, counts, writes --out and returns the report (evaluation.json)."""
+    rankings, reports = benchmarks.read_benchmarks(config.benchmarks, config.bad_rows)
+    device = _device(config.device)
+    scorers, encoders, facts = load_scorers(config, device)
+    jobs = scoring.jobs_of(ranking for ones in rankings.values() for ranking in ones)
+    books, bad = scoring.score_all(
+        jobs,
+        scorers,
+        Path(config.out) / "scores",
+        encoders,
+        resolution=config.resolution,
+        seed=config.seed,
+        batch_size=config.batch,
+        workers=config.workers,
+    )
+    digests = {job.key: job.digest for job in jobs}
+    rankings = benchmarks.drop_unscored(
+        rankings, reports, bad, lambda prompt, picture: digests[prompt, picture.key]
+    )
+    for report in reports.values():
+        report.check(config.bad_rows)
+    results = [
+        result
+        for scorer in scorers
+        for sigma in scorer.sigmas
+        for result in count_all(config, rankings, scorer.name, sigma, books[scorer.name], digests)
+    ]
+    tree = evaluation_report.build(
+        config=dataclasses.asdict(config),
+        scorers=facts,
+        reports=reports,
+        results=results,
+        files=benchmarks.files_of(config.benchmarks),
+    )
+    evaluation_report.write(tree, Path(config.out))
+    return tree
+
+
+def count_all(
+    config: EvaluateConfig,
+    rankings: dict[str, list[Ranking]],
+    name: str,
+    sigma: float | None,
+    book: scoring.Scores,
+    digests: dict[tuple[str, str], str],
+) -> list[dict]:
+    """One result for each column whose test sets are there."""
+
+    def score(ranking: Ranking) -> list[float]:
+        return [book[digests[ranking.prompt, picture.key], sigma] for picture in ranking.pictures]
+
+    results = []
+    for column, needed in COLUMNS.items():
+        if not all(rankings.get(benchmark) for benchmark in needed):
+            continue
+        try:
+            credits, threshold = benchmarks.count(column, rankings, score)
+        except protocols.ProtocolError as error:
+            raise EvaluationError(f"{column}: {error}") from error
+        low, high = protocols.bootstrap_interval(credits, resamples=config.resamples, seed=config.seed)
+        results.append(
+            {
+                "scorer": name,
+                "sigma": sigma,
+                "column": column,
+                "accuracy": credits.accuracy,
+                "low": low,
+                "high": high,
+                "prompts": len(credits.right),
+                "counted": int(credits.counted.sum()),
+                "left_out": credits.skipped,
+                "threshold": threshold,
+            }
+        )
+    return results
+
+
+def model_names(paths: Sequence[str]) -> list[str]:
+    """The files' names, with their folder's where two are called the same (each run's reward.safetensors)."""
+    stems = [Path(path).stem for path in paths]
+    return [
+        f"{Path(path).resolve().parent.name}/{stem}" if stems.count(stem) > 1 else stem
+        for path, stem in zip(paths, stems, strict=True)
+    ]
+
+
+def load_scorers(
+    config: EvaluateConfig, device: torch.device
+) -> tuple[list[scoring.Scorer], SD3Encoders | None, list[dict]]:
+    """Models and rivals, the encoders when there are models, and the facts about each for the report."""
+    names = model_names(config.models)
+    if not names and not config.rivals:
+        raise EvaluationError("there is nothing to evaluate: give --models, --rival, or both")
+    for name in names:
+        if [*names, *config.rivals].count(name) > 1:
+            raise EvaluationError(f"two scorers are called {name}: rename a file or a rival")
+    if config.models and config.encoders is None:
+        raise EvaluationError("models need `encoders`, a diffusers SD3 folder with VAE and text encoders")
+    headers = [read_header(path) for path in config.models]  # before anything large is read
+    functions = {name: rivals.load_rival(spec, str(device)) for name, spec in config.rivals.items()}
+    dtype = _dtype(config.dtype, device)
+    encoders = _load_encoders(config, device, dtype) if config.models else None
+    scorers: list[scoring.Scorer] = []
+    facts: list[dict] = []
+    for name, path, header in zip(names, config.models, headers, strict=True):
+        scorer, fact = _model_scorer(config, name, path, header, encoders)
+        scorers.append(scorer)
+        facts.append(fact)
+    for name, function in functions.items():
+        mark = rivals.fingerprint(config.rivals[name])
+        scorers.append(scoring.RivalScorer(name=name, fingerprint=mark, function=function))
+        facts.append({"name": name, "kind": "rival", "spec": config.rivals[name], "fingerprint": mark})
+    return scorers, encoders, facts
+
+
+def _load_encoders(config: EvaluateConfig, device: torch.device, dtype: torch.dtype) -> SD3Encoders:
+    from training.encoders import EncoderError, SD3Encoders
+
+    try:
+        encoders = SD3Encoders.from_folder(config.encoders, device=device, dtype=dtype)
+        encoders.latent_shape(config.resolution)
+    except EncoderError as error:
+        raise EvaluationError(str(error)) from error
+    if not encoders.has_t5:
+        print(f"{config.encoders} has no T5: models see zeros in its place", file=sys.stderr)
+    return encoders
+
+
+def _model_scorer(
+    config: EvaluateConfig, name: str, path: str, header: dict, encoders: SD3Encoders
+) -> tuple[scoring.ModelScorer, dict]:
+    (clip_length, _) = encoders.prompt_shapes(())["clip"]
+    t5_length = scoring.t5_length(header.get("text_length"), clip_length)
+    sha256, encoded_by = benchmarks.file_sha256(Path(path)), _encoders_fingerprint(encoders)
+    dtype = str(encoders.dtype).removeprefix("torch.")
+    how = [sha256, encoded_by, t5_length, config.resolution, config.seed, dtype, encoders.device.type]
+    scorer = scoring.ModelScorer(
+        name=name,
+        fingerprint=hashlib.sha256(json.dumps([*how, torch.__version__]).encode()).hexdigest(),
+        model=load_drm(path, device=encoders.device, dtype=encoders.dtype),
+        sigmas=config.sigmas,
+        t5_length=t5_length,
+        device=encoders.device,
+    )
+    return scorer, {
+        "name": name,
+        "kind": "model",
+        "path": path,
+        "sha256": sha256,
+        "text_length": header.get("text_length"),
+        "t5_length": t5_length,
+        "encoders": encoders.describe(),
+        "dtype": dtype,
+        "device": encoders.device.type,
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
+def _encoders_fingerprint(encoders: SD3Encoders) -> str:
+    """The encoders' own hash and the times of their weights: what was scored with others is scored again."""
+    times = sorted((str(p), p.stat().st_mtime_ns) for p in encoders.folder.glob("*/*.safetensors"))
+    return hashlib.sha256(json.dumps([encoders.describe()["hash"], times]).encode()).hexdigest()
+
+
+def _rival(text: str) -> tuple[str, str]:
+    name, sign, spec = text.partition("=")
+    if not (name and sign and spec):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rival: write NAME=clip:FOLDER or NAME=module:function"
+        )
+    return name, spec
+
+
+def _read(args: argparse.Namespace) -> EvaluateConfig:
+    config = read_config(args.config, EvaluateConfig, args.settings)
+    changes = {
+        "models": None if args.models is None else tuple(args.models),
+        "rivals": {**config.rivals, **dict(args.rival)} if args.rival else None,
+        "sigmas": None if args.sigma is None else tuple(args.sigma),
+        "encoders": args.encoders,
+        "out": args.out,
+    }
+    return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with the test sets' places")
+    parser.add_argument("--models", nargs="+", metavar="FILE", help="reward models (.safetensors)")
+    parser.add_argument(
+        "--encoders", metavar="FOLDER", help="diffusers SD3 folder: VAE, text encoders, tokenizers"
+    )
+    parser.add_argument("--rival", action="append", default=[], type=_rival, metavar="NAME=SPEC")
+    parser.add_argument("--sigma", nargs="+", type=float, metavar="S", help="noise levels, 0 (clean) to 1")
+    parser.add_argument("--out", metavar="FOLDER", help="where table, JSON, figure and scores go")
+    parser.add_argument("--paper", action="store_true", help="print the published rows beside")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        config = _read(args)
+        tree = evaluate(config)
+        table = evaluation_report.table(tree, paper=args.paper)
+        evaluation_report.write_text(Path(config.out) / "table.md", table)
+    except (
+        ConfigError,
+        ReaderError,
+        DRMFileError,
+        BenchmarkError,
+        EvaluationError,
+        rivals.RivalError,
+        scoring.ScoringError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
