@@ -66,9 +66,9 @@ def test_ksampler_keeps_the_branch_it_scores_best(patcher, inside):
     steps = [step for step in trace.steps if step.scores is not None]
     assert len(steps) == 3
     for step in steps:
-        (scores,), (chosen,) = step.scores, step.chosen
+        (scores,), (winner,) = step.scores, step.winner
         assert max(scores) - min(scores) > 1e-4
-        assert scores.index(max(scores)) == chosen
+        assert scores.index(max(scores)) == winner
     other = inside.run(num_branches=3, steps=4)[0]
     assert (samples["samples"] - other["samples"]).abs().max() > 0.01
     assert torch.isfinite(samples["samples"]).all()
