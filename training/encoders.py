@@ -2,7 +2,7 @@
 
 Latents are in model space, `(z - shift) * scale` with z the mean of the VAE's posterior. A prompt is CLIP-L's
 and CLIP-G's penultimate states side by side, (77, 2048), filled with zeros to T5's 4096, then T5's tokens;
-pooled is the two CLIPs' projections, (2048,). These are the numbers of StableDiffusion3Pipeline.encode_prompt:
+pooled is the two CLIPs' projections, (2048,). These are StableDiffusion3Pipeline.encode_prompt's own numbers:
 every encoder sees the padding too, so T5's 77 tokens are no part of its 256.
 """
 
@@ -110,6 +110,14 @@ class SD3Encoders:
         with self._loading(name) as path:
             model = model_class.from_pretrained(path, dtype=self.dtype, local_files_only=True)
         return tokenizer, model.to(self.device).eval().requires_grad_(False)
+
+    def load_vae(self) -> None:
+        """Loads the VAE now rather than at the first picture."""
+        _ = self.vae
+
+    def load_text(self, *, t5: bool) -> None:
+        """Loads the text encoders now rather than at the first prompt; T5 only when asked for."""
+        _ = self._clips, self._t5 if t5 else None
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of a square picture's latents; EncoderError when its side is no multiple of the VAE's."""

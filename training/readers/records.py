@@ -135,8 +135,8 @@ class Report:
     def num_bad(self, source: str) -> int:
         return sum(self.bad.get(source, {}).values())
 
-    def check(self, share: float) -> None:
-        """ReaderError when more than `share` of a source's rows are bad, or none can be used."""
+    def check(self, share: float, listed: Path | None = None) -> None:
+        """ReaderError when more than `share` of a source's rows are bad; `listed`: where they all are."""
         for source, read in self.read.items():
             bad = self.num_bad(source)
             if bad > share * read:
@@ -144,7 +144,7 @@ class Report:
                 example = f", such as {first.row} ({first.reason})" if first else ""
                 raise ReaderError(
                     f"{source}: {bad} of {read} rows cannot be used{example}; at most {share:.1%} may be:"
-                    " mend them, or raise bad_rows"
+                    f" mend them, or raise bad_rows{f'; all are listed in {listed}' if listed else ''}"
                 )
 
     def as_dict(self) -> dict:
