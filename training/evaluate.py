@@ -55,7 +55,7 @@ class EvaluateConfig:
     rivals: dict[str, str] = dataclasses.field(default_factory=dict)
     encoders: str | None = None
     out: str = "runs/evaluation"
-    sigmas: tuple[float, ...] = (0.0,)
+    sigmas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     resolution: int = 512
     batch: int = 16
     workers: int = 4
@@ -310,6 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
         scoring.ScoringError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error}; what is scored so far is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -87,7 +87,7 @@ def table(tree: dict, paper: bool = False) -> str:
     """Rows of scorer and sigma, columns of test sets, in % with intervals; then the rows of each set."""
     shown = {(r["scorer"], r["sigma"], r["column"]): _percent(r) for r in tree["results"]}
     rows = [
-        [name, "" if sigma is None else f"{sigma:g}", *(shown.get((name, sigma, c), "-") for c in TITLES)]
+        [name, _sigma(sigma), *(shown.get((name, sigma, c), "-") for c in TITLES)]
         for name, sigma in dict.fromkeys((r["scorer"], r["sigma"]) for r in tree["results"])
     ]
     if paper:
@@ -120,17 +120,17 @@ def _rows_of_sets(tree: dict) -> str:
     rows = [[TITLES[column], *numbers] for column, numbers in per_column.items()]
     parts.append(_aligned(["column", "averaged over", "prompts", "ties left out"], rows))
     chosen = [
-        f"{r['scorer']}{_at(r['sigma'])} {r['threshold']:g}"
+        [r["scorer"], _sigma(r["sigma"]), f"{r['threshold']:g}"]
         for r in tree["results"]
         if r["column"] == "pickscore_official"
     ]
     if chosen:
-        parts.append(f"Tie thresholds chosen on validation_unique: {'; '.join(chosen)}.")
+        parts.append(_aligned(["model", "sigma", "tie threshold chosen on validation_unique"], chosen))
     return "\n\n".join(parts)
 
 
-def _at(sigma: float | None) -> str:
-    return "" if sigma is None else f" at sigma {sigma:g}"
+def _sigma(sigma: float | None) -> str:
+    return "" if sigma is None else f"{sigma:g}"
 
 
 def _aligned(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

@@ -22,8 +22,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -125,26 +126,27 @@ class Scores(dict[tuple[str, float | None], float]):
         self.update(found)
 
 
+class Opened(NamedTuple):
+    """A decoded picture, and its square of uint8 pixels where a VAE will want them."""
+
+    picture: Image.Image
+    pixels: np.ndarray | None
+
+
 class Batch:
     """Opened pictures with their prompts; latents and embeddings are made when first asked for."""
 
     def __init__(
-        self,
-        jobs: list[Job],
-        pictures: list[Image.Image],
-        encoders: SD3Encoders | None,
-        *,
-        resolution: int,
-        seed: int,
+        self, jobs: list[Job], opened: list[Opened], encoders: SD3Encoders | None, seed: int
     ) -> None:
-        self.jobs, self.pictures, self.encoders = jobs, pictures, encoders
-        self.resolution, self.seed = resolution, seed
+        self.jobs, self.encoders, self.seed = jobs, encoders, seed
+        self.pictures, self.pixels = ([one[place] for one in opened] for place in (0, 1))
         self._prompts: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     @functools.cached_property
     def latents(self) -> Tensor:
         """(B, C, H, W), clean, model space."""
-        return self.encoders.encode_pictures(self.pictures, self.resolution).float()
+        return self.encoders.encode_pixels(torch.from_numpy(np.stack(self.pixels))).float()
 
     @functools.cached_property
     def noise(self) -> Tensor:
@@ -253,13 +255,12 @@ def score_all(
     left = sum(len(part) for part, _ in todo)
     bar = tqdm(total=len(jobs), initial=len(jobs) - left, desc="scoring", unit="picture", dynamic_ncols=True)
     with bar:
-        opened = open_ahead([part for part, _ in todo], workers)
-        for (part, asked), pictures in zip(todo, opened, strict=True):
-            bad.add({j.digest: p for j, p in zip(part, pictures, strict=True) if isinstance(p, str)})
-            usable = [(j, p) for j, p in zip(part, pictures, strict=True) if not isinstance(p, str)]
+        found = open_ahead([part for part, _ in todo], workers, resolution if encoders else None)
+        for (part, asked), opened in zip(todo, found, strict=True):
+            bad.add({job.digest: one for job, one in zip(part, opened, strict=True) if isinstance(one, str)})
+            usable = [(job, one) for job, one in zip(part, opened, strict=True) if isinstance(one, Opened)]
             if usable:
-                good_jobs, good = (list(column) for column in zip(*usable, strict=True))
-                batch = Batch(good_jobs, good, encoders, resolution=resolution, seed=seed)
+                batch = Batch(*(list(column) for column in zip(*usable, strict=True)), encoders, seed)
                 for scorer, sigma in asked:
                     books[scorer.name].add(_scored(scorer, batch, sigma))
             bar.update(len(part))
@@ -285,20 +286,27 @@ def _scored(scorer: Scorer, batch: Batch, sigma: float | None) -> dict[tuple[str
     return {(job.digest, sigma): score for job, score in zip(batch.jobs, scores, strict=True)}
 
 
-def open_ahead(parts: Sequence[Sequence[Job]], workers: int) -> Iterator[list[Image.Image | str]]:
-    """The pictures of each part, or the reason why not, opened by threads a few parts ahead."""
+def open_ahead(
+    parts: Sequence[Sequence[Job]], workers: int, resolution: int | None
+) -> Iterator[list[Opened | str]]:
+    """The pictures of each part, or the reason why not, made ready by threads a few parts ahead."""
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
         waiting: collections.deque = collections.deque()
         for part in parts:
-            waiting.append([pool.submit(_open, job.picture) for job in part])
+            waiting.append([pool.submit(_open, job.picture, resolution) for job in part])
             if len(waiting) > AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
             yield [future.result() for future in waiting.popleft()]
 
 
-def _open(picture: Picture) -> Image.Image | str:
+def _open(picture: Picture, resolution: int | None) -> Opened | str:
     try:
-        return picture.open()
+        image = picture.open()
     except PictureError as error:
         return str(error)
+    if resolution is None:
+        return Opened(image, None)
+    from training.encoders import prepare_picture
+
+    return Opened(image, prepare_picture(image, resolution))

@@ -1,6 +1,8 @@
 """The command from published files to table, JSON and figure, its numbers recomputed here; and bad input."""
 
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +27,7 @@ from training.config import read_config
 from training.encoders import SD3Encoders
 from training.evaluate import EvaluateConfig, main
 from training.readers import Report, read_rankings
-from training.scoring import prompt_noise, t5_length
+from training.scoring import Lines, prompt_noise, t5_length
 
 ROWS = {"imagereward": 3, "pickapic_test": 7, "pickapic_test_unique": 4, "pickapic_validation_unique": 3}
 ROWS |= {"hpdv2": 3, "hpdv3": 4}
@@ -71,6 +73,7 @@ def rankings_of(config, name):
 def accuracies(config, score):
     """Every column straight from its definition, pair by pair, without training.protocols."""
 
+    @functools.cache
     def scored(name):
         return [(r.ranks, [score(r.prompt, p.open()) for p in r.pictures]) for r in rankings_of(config, name)]
 
@@ -178,6 +181,49 @@ def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, m
     assert calls == []
 
 
+def test_stopped_by_hand_and_gone_on(data, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def rival(prompt, pictures):
+        calls.append(len(pictures))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return [hash((prompt, picture.tobytes())) % 1000 for picture in pictures]
+
+    monkeypatch.setattr(evaluate.rivals, "load_rival", lambda spec, device: rival)
+    config = write_config(tmp_path, data, benchmarks={"hpdv2": {"path": str(data / "hpdv2" / "test.json")}})
+    arguments = ["--config", config, "--rival", "Own=some_module:score"]
+    assert main(arguments) == 130
+    assert "goes on from here" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert sum(calls) - calls[1] == 27  # nothing was scored twice but the batch it was stopped in
+
+
+def test_a_full_disk_is_one_line(data, clip, tmp_path, capsys, monkeypatch):
+    def full(self, rows):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(Lines, "append", full)
+    fails(["--config", write_config(tmp_path, data), "--rival", f"Tiny=clip:{clip}"], capsys, "No space left")
+
+
+def test_thresholds_are_chosen_on_raw_scores(data, encoders, tmp_path):
+    """How a score is shown, such as DiNa-LRM's tenth, must not move PickScore's softmax."""
+    drm = tiny_drm(joint_attention_dim=T5_WIDTH, pooled_projection_dim=sum(CLIP_WIDTHS))
+    for name, facts in (("plain", {}), ("shown", {"shown": {"scale": 1e-3, "offset": 1.0}})):
+        save_drm(drm, tmp_path / f"{name}.safetensors", metadata={"text_length": 77, **facts})
+    sets = {f"pickapic_{split}_unique": {"path": str(data / "pickapic")} for split in ("test", "validation")}
+    config = write_config(tmp_path, data, encoders=str(encoders), resolution=64, benchmarks=sets)
+    models = [str(tmp_path / f"{name}.safetensors") for name in ("plain", "shown")]
+    assert main(["--config", config, "--models", *models]) == 0
+    books = [
+        {tuple(row[:2]): row[2] for row in map(json.loads, book.read_text().splitlines())}
+        for book in sorted((tmp_path / "out" / "scores").glob("*.jsonl"))
+    ]
+    assert len(books[0]) == 4 * 8
+    assert books[0] == books[1]
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd3") / "pipeline"
@@ -219,14 +265,18 @@ def test_reward_models_through_the_command(data, encoders, clip, tmp_path, capsy
         ["Tiny", ""],
     ]
     sd3 = SD3Encoders.from_folder(encoders)
+    prompt_of = functools.cache(lambda prompt: sd3.encode_prompts([prompt], 5))
+    latents = {}
     for path in models:
         drm = load_drm(path)
         for sigma in (0.0, 0.6):
 
             def score(prompt, picture, drm=drm, sigma=sigma):
-                x0 = sd3.encode_pictures([picture], 64)
-                noisy = (1 - sigma) * x0 + sigma * prompt_noise(prompt, x0.shape[1:], seed=0)
-                return drm.score(noisy, sigma, *sd3.encode_prompts([prompt], 5)).item()
+                key = picture.tobytes()
+                if key not in latents:
+                    latents[key] = sd3.encode_pictures([picture], 64)
+                noisy = (1 - sigma) * latents[key] + sigma * prompt_noise(prompt, (16, 8, 8), seed=0)
+                return drm.score(noisy, sigma, *prompt_of(prompt)).item()
 
             expected, _ = accuracies(config, score)
             name = path[-len("a.safetensors")]
