@@ -53,6 +53,13 @@ def build(config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.f
     else:
         backbone = load_backbone(config.base, config.num_kept)
         drm = fresh(backbone, config.head_hidden, seed=seed, random_backbone=config.random_backbone)
+    return make_trainable(drm, config, seed=seed, frozen_dtype=frozen_dtype)
+
+
+def make_trainable(
+    drm: DRM, config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.float32
+) -> DRM:
+    """`drm` itself, ready to learn what config.train says."""
     drm.requires_grad_(False).train()
     drm.head.requires_grad_(True)
     if config.train == "full":

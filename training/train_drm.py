@@ -153,6 +153,7 @@ class Trainer:
             lr=self.settings.learning_rate,
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
+            fused=True,
         )
         return self.accelerator.prepare(drm, optimizer)
 
