@@ -1,7 +1,7 @@
 """What training a reward model costs: memory at the full SD3.5-Medium size, throughput, and where time goes.
 
     python -m benchmarks.reward_training memory      # computed anywhere; measured too where there is a GPU
-    python -m benchmarks.reward_training throughput  # the demo model: samples/s, share that is not the network
+    python -m benchmarks.reward_training throughput  # the demo model: samples/s, share outside the network
 
 Computed memory: weights, gradients, Adam's two moments and the averaged weights of what learns, and for every
 pair of a micro-batch what autograd keeps for the backward pass (counted on fake tensors of the real shapes,
