@@ -18,6 +18,8 @@ from drm.backbone import BackboneConfig, TruncatedSD3, backbone_from_state_dict,
 from drm.checkpoint import looks_like
 from drm.comfy_layout import PREFIX, from_comfy_layout, is_kept_in_comfy_layout
 
+# What quantised files have beside their weights; the weights mean nothing without it.
+_SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 _TRANSFORMER_CLASS = "SD3Transformer2DModel"
 _FILE_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 _INDEX_NAMES = (
@@ -68,6 +70,8 @@ def _read_single_file(
         prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
         if f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" not in keys:
             raise BaseError(_foreign(path.name, keys))
+        if any(key.startswith(prefix) and key.endswith(_SCALES) for key in keys):
+            raise BaseError(f"{path.name} holds 8-bit weights with scales: give it in float16 or bfloat16")
         kept = [
             key
             for key in keys

@@ -108,7 +108,7 @@ def read_release(path: Path, has_text: bool = True) -> Release:
         depth, visual, text = (
             model["num_transformer_layers"],
             list(model["visual_head_idx"]),
-            list(model["text_head_idx"]),
+            list(model.get("text_head_idx") or []),
         )
         head = dict(model.get("reward_head") or {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -206,6 +206,24 @@ def test_other_formats_are_refused_unopened(tmp_path, name):
         load_backbone(tmp_path / name, 1)
 
 
+def test_scaled_eight_bit_weights_are_refused(transformer, tmp_path):
+    """Without their scales they would load, as another model. In a text encoder they do not matter."""
+    state_dict = comfy(transformer)
+    key = "joint_blocks.0.x_block.attn.qkv.scale_weight"
+    save_file(state_dict | {f"text_encoders.{key}": torch.ones(1)}, tmp_path / "clip.safetensors")
+    assert load_backbone(tmp_path / "clip.safetensors", 1).config.num_layers == 3
+    save_file(state_dict | {PREFIX + key: torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(BaseError, match="8-bit weights with scales: give it in float16"):
+        load_backbone(tmp_path / "scaled.safetensors", 1)
+
+
+def test_plain_eight_bit_weights_are_read(transformer, tmp_path):
+    save_file(comfy(transformer, torch.float8_e4m3fn), tmp_path / "fp8.safetensors")
+    exact = run(backbone_from_transformer(transformer, 2))
+    rough = run(load_backbone(tmp_path / "fp8.safetensors", 2))
+    assert 1e-3 < (rough - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
 def test_folders_that_are_no_base(tmp_path):
     with pytest.raises(BaseError, match=r"has no transformer/config.json: give"):
         load_backbone(tmp_path, 1)

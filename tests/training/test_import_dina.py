@@ -178,6 +178,13 @@ def test_an_adapter_of_older_peft(transformer, base, inputs, tmp_path):
     check_scores(tmp_path / "dina.safetensors", dina, inputs)
 
 
+def test_a_config_without_text(transformer, base, inputs, tmp_path):
+    dina = write_release(tmp_path / "release", transformer, text_head_idx=[])
+    change_config(dina.folder, text_head_idx=None, use_text_features=None)
+    assert run(base, dina.folder, tmp_path / "dina.safetensors") == 0
+    check_scores(tmp_path / "dina.safetensors", dina, inputs)
+
+
 def test_target_modules_as_an_expression(transformer, base, inputs, tmp_path):
     dina = write_release(tmp_path / "release", transformer)
     settings = json.loads((dina.folder / SETTINGS).read_text())
