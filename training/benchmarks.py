@@ -20,7 +20,7 @@ from pathlib import Path
 from training import protocols
 from training.config import SourceConfig
 from training.protocols import Credits
-from training.readers import Ranking, ReaderError, Report, read_rankings
+from training.readers import Picture, Ranking, ReaderError, Report, read_rankings
 from training.readers.files import parquet_files
 
 FORMATS = {
@@ -118,19 +118,41 @@ def source_of(name: str, kind: str, benchmark: BenchmarkConfig) -> SourceConfig:
 
 
 def drop_unscored(
-    rankings: dict[str, list[Ranking]], reports: dict[str, Report], bad: dict[str, str], digest: Callable
+    rankings: dict[str, list[Ranking]],
+    reports: dict[str, Report],
+    reason: Callable[[str, Picture], str | None],
 ) -> dict[str, list[Ranking]]:
-    """The rankings whose pictures could all be opened; the others go to their set's report."""
+    """The rankings whose pictures could all be opened; the others go to their set's report. Of a ranking made
+    of a row for each picture, only those rows. reason(prompt, picture): why it could not, or None.
+    """
     kept: dict[str, list[Ranking]] = {}
     for name, ones in rankings.items():
         kept[name] = []
         for ranking in ones:
-            reasons = [bad[d] for p in ranking.pictures if (d := digest(ranking.prompt, p)) in bad]
-            if reasons:
-                reports[name].lose(ranking.source, ranking.row, reasons[0])
-            else:
+            why = [reason(ranking.prompt, picture) for picture in ranking.pictures]
+            lost = [text for text in why if text is not None]
+            for text in lost[: ranking.rows]:
+                reports[name].lose(ranking.source, ranking.row, text)
+            if not lost:
                 kept[name].append(ranking)
+            elif ranking.rows > 1 and len(why) - len(lost) > 1:
+                kept[name].append(_without(ranking, why))
+            elif len(lost) < ranking.rows:
+                reports[name].used[ranking.source] -= ranking.rows - len(lost)
+                reports[name].leave_out(
+                    ranking.source, "a single picture of its prompt", ranking.rows - len(lost)
+                )
     return kept
+
+
+def _without(ranking: Ranking, why: Sequence[str | None]) -> Ranking:
+    places = [place for place, text in enumerate(why) if text is None]
+    return dataclasses.replace(
+        ranking,
+        pictures=tuple(ranking.pictures[place] for place in places),
+        ranks=tuple(ranking.ranks[place] for place in places),
+        rows=len(places),
+    )
 
 
 def _in_order(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> tuple[list, list, list]:

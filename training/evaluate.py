@@ -98,7 +98,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     )
     digests = {job.key: job.digest for job in jobs}
     rankings = benchmarks.drop_unscored(
-        rankings, reports, bad, lambda prompt, picture: digests[prompt, picture.key]
+        rankings, reports, lambda prompt, picture: bad.get(digests[prompt, picture.key])
     )
     for report in reports.values():
         report.check(config.bad_rows)

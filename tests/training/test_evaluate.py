@@ -22,11 +22,11 @@ from tests.training.preference_fixtures import make_fixtures
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
 from tests.training.tiny_clip import write_tiny_clip
 from training import evaluate
-from training.benchmarks import FORMATS, source_of
+from training.benchmarks import FORMATS, drop_unscored, source_of
 from training.config import read_config
 from training.encoders import SD3Encoders
 from training.evaluate import EvaluateConfig, main
-from training.readers import Report, read_rankings
+from training.readers import Picture, Ranking, Report, read_rankings
 from training.scoring import Lines, prompt_noise, t5_length
 
 ROWS = {"imagereward": 3, "pickapic_test": 7, "pickapic_test_unique": 4, "pickapic_validation_unique": 3}
@@ -290,6 +290,30 @@ def test_reward_models_through_the_command(data, encoders, clip, tmp_path, capsy
         str(hpdv3): hashlib.sha256(hpdv3.read_bytes()).hexdigest()
     }
     assert tree["versions"]["torch"] == torch.__version__
+
+
+def test_a_broken_picture_costs_its_row():
+    """A row that is a whole ranking goes; of a ranking with a row for each picture, only the broken ones."""
+    pictures = tuple(Picture(f"{letter}.png", letter) for letter in "abc")
+
+    def kept(broken, rows):
+        ranking = Ranking(
+            prompt="p", pictures=pictures, ranks=(1.0, 2.0, 3.0), source="imagereward", row="f:0", rows=rows
+        )
+        report = Report()
+        report.read["imagereward"] = report.used["imagereward"] = rows
+        reason = {letter: "broken picture: x" for letter in broken}.get
+        (left,) = drop_unscored({"s": [ranking]}, {"s": report}, lambda _, p: reason(p.key)).values()
+        tree = report.as_dict()["sources"]["imagereward"]
+        numbers = tree["used"], sum(tree["bad"].values()), sum(tree["left_out"].values())
+        assert sum(numbers) == rows
+        return ["".join(p.key for p in one.pictures) for one in left], [one.ranks for one in left], numbers
+
+    assert kept("", 1) == (["abc"], [(1.0, 2.0, 3.0)], (1, 0, 0))
+    assert kept("ab", 1) == ([], [], (0, 1, 0))
+    assert kept("b", 3) == (["ac"], [(1.0, 3.0)], (2, 1, 0))
+    assert kept("bc", 3) == ([], [], (0, 2, 1))
+    assert kept("abc", 3) == ([], [], (0, 3, 0))
 
 
 def test_noise_is_shared_by_the_pictures_of_a_prompt():
