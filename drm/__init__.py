@@ -17,6 +17,7 @@ __all__ = [
     "checkpoint",
     "comfy_layout",
     "flow",
+    "grpo",
     "head",
     "load_drm",
     "model",

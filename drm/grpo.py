@@ -1,0 +1,353 @@
+"""Step-GRPO, and the GRPO it is measured against: policy gradients for a flow-matching model's stochastic
+steps.
+
+    A_i     = (r_i - mean) / (std + eps)                           inside one group, population std
+    ratio_i = exp(log p_new(x'_i) - log p_old(x'_i))
+    loss    = mean_i max(-A_i ratio_i, -A_i clip(ratio_i, 1 - c, 1 + c)) + beta KL
+    KL      = mean (mean - mean_ref)^2 / (2 g^2)                   g^2 without dt
+
+Step-GRPO's group is the k candidates drawn from one state at one step, each scored there (DRM, CVPR 2026);
+GRPO's is G trajectories of one prompt, scored at the end, the advantage given to every step (Flow-GRPO,
+2025).
+
+Siblings share state and velocity, so one forward and backward of the policy serves all k of them. And because
+their advantages are known at once, on-policy Step-GRPO learns in the very pass that draws them (`step_grpo`);
+GRPO must walk to the end without gradients first, and then pass through every step of every trajectory again.
+
+The policy is a callable (x (B, C, H, W), sigma float) -> velocity (B, C, H, W). `backward` takes a scalar
+loss; it is called as soon as one is known.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .branching import branch_candidates
+from .sde import transition, transition_log_prob
+
+Policy = Callable[[Tensor, float], Tensor]
+Score = Callable[[Tensor, float, Tensor], Tensor]
+Backward = Callable[[Tensor], object]
+
+CLIP_RANGE = {"sde": 1e-4, "cps": 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOSettings:
+    """num_branches: k siblings, or G trajectories. clip_range: by kind when None. min_std: a group whose
+    rewards
+    differ less teaches nothing (k = 2 would get advantages of 1 whatever the gap). start, end: the window of
+    steps learned from, as fractions. sibling: which candidate goes on.
+    """
+
+    method: Literal["step-grpo", "grpo"] = "step-grpo"
+    num_branches: int = 4
+    noise_level: float = 0.7
+    kind: Literal["sde", "cps"] = "sde"
+    clip_range: float | None = None
+    advantage_clip: float = 5.0
+    kl_weight: float = 0.01
+    min_std: float = 1e-3
+    start: float = 0.0
+    end: float = 1.0
+    sibling: Literal["random", "best"] = "random"
+
+    def __post_init__(self) -> None:
+        wrong = [
+            (self.method not in ("step-grpo", "grpo"), "method", self.method, "step-grpo or grpo"),
+            (self.num_branches < 2, "num_branches", self.num_branches, "at least 2, one has no rival"),
+            (not self.noise_level > 0, "noise_level", self.noise_level, "above 0, or siblings are equal"),
+            (
+                not 0 <= self.start < self.end <= 1,
+                "the window",
+                (self.start, self.end),
+                "0 <= start < end <= 1",
+            ),
+            (self.kl_weight < 0, "kl_weight", self.kl_weight, "at least 0"),
+            (self.sibling not in ("random", "best"), "sibling", self.sibling, "random or best"),
+        ]
+        for is_wrong, name, value, wanted in wrong:
+            if is_wrong:
+                raise ValueError(f"{name} is {value}: wanted {wanted}")
+
+    @property
+    def clip(self) -> float:
+        return CLIP_RANGE[self.kind] if self.clip_range is None else self.clip_range
+
+    def learns(self, step: int, steps: int) -> bool:
+        """Whether step `step` of `steps` is in the window; the last, without noise, never is."""
+        return step < steps - 1 and self.start <= step / steps < self.end
+
+
+@dataclass
+class Transitions:
+    """One step of a roll-out: x (B, C, H, W), candidates (B, k, C, H, W), log_prob, advantages (B, k)."""
+
+    step: int
+    x: Tensor
+    candidates: Tensor
+    log_prob: Tensor
+    advantages: Tensor
+
+
+@dataclass
+class Figures:
+    """What one iteration saw. passes: latents through the policy with gradients; forwards: without."""
+
+    rewards: list[Tensor] = field(default_factory=list)
+    spreads: list[Tensor] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    ratio_error: float = 0.0
+    clipped: list[float] = field(default_factory=list)
+    groups: int = 0
+    gated: int = 0
+    passes: int = 0
+    forwards: int = 0
+
+    def summary(self) -> dict[str, float]:
+        rewards = torch.cat([reward.flatten() for reward in self.rewards])
+        return {
+            "rewards/mean": rewards.mean().item(),
+            "rewards/std": rewards.std(correction=0).item(),
+            "spread": torch.cat(self.spreads).mean().item(),
+            "kl": sum(self.kl) / max(1, len(self.kl)),
+            "ratio_error": self.ratio_error,
+            "clipped": sum(self.clipped) / max(1, len(self.clipped)),
+            "gated": self.gated / max(1, self.groups),
+            "passes": float(self.passes),
+            "forwards": float(self.forwards),
+        }
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """(..., k) rewards -> (..., k): centred and divided by the population std of the last dimension plus
+    eps.
+    """
+    centred = rewards - rewards.mean(dim=-1, keepdim=True)
+    return centred / (rewards.std(dim=-1, correction=0, keepdim=True) + eps)
+
+
+def gated_advantages(rewards: Tensor, settings: GRPOSettings, figures: Figures) -> Tensor:
+    """Clipped advantages of groups (..., k), 0 in those whose std is below min_std, which are counted."""
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError(
+            "the reward model gave NaN or infinity: nothing was learned from it; try it in float32"
+        )
+    spread = rewards.std(dim=-1, correction=0)
+    open_ = spread >= settings.min_std
+    figures.rewards.append(rewards.detach().cpu())
+    figures.spreads.append(spread.detach().flatten().cpu())
+    figures.groups += open_.numel()
+    figures.gated += int((~open_).sum())
+    advantages = group_advantages(rewards).clamp(-settings.advantage_clip, settings.advantage_clip)
+    return advantages * open_.unsqueeze(-1)
+
+
+def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), elementwise."""
+    ratio = torch.exp(log_prob - old_log_prob)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def kl_to_reference(mean: Tensor, reference_mean: Tensor, std: Tensor, dt: float, kind: str) -> Tensor:
+    """KL of two steps of equal noise, averaged over C, H, W: (..., C, H, W) -> (...). For the SDE, std^2 =
+    -g^2 dt
+    and dt is left out, as Flow-GRPO does; CPS has no dt in its noise.
+    """
+    variance = std**2 / (-dt if kind == "sde" else 1.0)
+    return ((mean - reference_mean) ** 2 / (2 * variance)).mean(dim=(-3, -2, -1))
+
+
+def _loss(
+    velocity: Tensor,
+    reference: Tensor | None,
+    transitions: Transitions,
+    sigmas: Tensor,
+    settings: GRPOSettings,
+    figures: Figures,
+) -> Tensor:
+    """Mean loss of a step's groups, from one velocity for all siblings."""
+    sigma, sigma_next = sigmas[transitions.step], sigmas[transitions.step + 1]
+    arguments = (sigma, sigma_next, settings.noise_level, settings.kind, sigmas[1])
+    mean, std = transition(transitions.x, velocity, *arguments)
+    log_prob = transition_log_prob(transitions.candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+    surrogate = clipped_surrogate(log_prob, transitions.log_prob, transitions.advantages, settings.clip)
+    difference = (log_prob.detach() - transitions.log_prob).exp() - 1
+    figures.ratio_error = max(figures.ratio_error, difference.abs().max().item())
+    figures.clipped.append((difference.abs() > settings.clip).float().mean().item())
+    loss = surrogate.mean()
+    if reference is not None:
+        reference_mean, _ = transition(transitions.x, reference, *arguments)
+        dt = float(sigma_next - sigma)
+        kl = kl_to_reference(mean, reference_mean, std, dt, settings.kind).mean()
+        figures.kl.append(kl.item())
+        loss = loss + settings.kl_weight * kl
+    figures.passes += len(velocity)
+    return loss
+
+
+def _check_rollout(noise: Tensor, sigmas: Tensor, items: Sequence[int]) -> None:
+    if len(sigmas) < 3:
+        raise ValueError(
+            f"{len(sigmas) - 1} steps: at least 2 are needed, the last has no noise to learn from"
+        )
+    if len(items) != len(noise):
+        raise ValueError(f"{len(items)} item numbers for {len(noise)} latents: give one each")
+
+
+def _draw(
+    x: Tensor, velocity: Tensor, step: int, sigmas: Tensor, settings: GRPOSettings, seed: int, items, branches
+) -> tuple[Tensor, Tensor]:
+    """Candidates (B, len(branches), C, H, W) from detached velocity, and their log-probabilities."""
+    mean, std = transition(
+        x, velocity.detach(), sigmas[step], sigmas[step + 1], settings.noise_level, settings.kind, sigmas[1]
+    )
+    candidates = branch_candidates(mean, std, seed, step, items, branches)
+    return candidates, transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+
+
+def _score_siblings(score: Score, candidates: Tensor, sigma_next: Tensor) -> Tensor:
+    """(B, k) rewards, k candidates of one item a call, so that a score never depends on the batch."""
+    rewards = [
+        score(group, float(sigma_next), torch.full((len(group),), row, device=group.device))
+        for row, group in enumerate(candidates)
+    ]
+    return torch.stack(rewards).to(candidates.device, torch.float32)
+
+
+def _survivor(rewards: Tensor, settings: GRPOSettings, seed: int, step: int) -> Tensor:
+    """Which sibling of each item goes on, (B,)."""
+    if settings.sibling == "best":
+        return rewards.argmax(dim=1)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFFFFFFFFFFFFFF)
+    return torch.randint(rewards.shape[1], (len(rewards),), generator=generator).to(rewards.device)
+
+
+def step_grpo(
+    policy: Policy,
+    score: Score,
+    noise: Tensor,
+    sigmas: Tensor,
+    settings: GRPOSettings,
+    *,
+    seed: int,
+    items: Sequence[int],
+    backward: Backward,
+    reference: Policy | None = None,
+    on_step: Callable[[int, int], object] | None = None,
+) -> Figures:
+    """One on-policy roll-out of Step-GRPO that learns as it goes: at every step of the window one velocity
+    with
+    gradients, k candidates, their rewards, and `backward` of the loss divided by the steps learned from.
+
+    noise: (B, C, H, W) at sigmas[0]; sigmas (N + 1,) falling to 0; items: numbers of the noise streams, (B,).
+    score: (candidates (n, C, H, W), sigma_next, item_index (n,)) -> (n,). reference: the frozen policy,
+    needed for KL. The ratio is exactly 1: the old policy is the one that draws. ValueError for fewer than 2
+    steps.
+    """
+    _check_rollout(noise, sigmas, items)
+    figures, x, steps = Figures(), noise.float(), len(sigmas) - 1
+    learned = [step for step in range(steps) if settings.learns(step, steps)]
+    for step in range(max(learned, default=-1) + 1):
+        if on_step:
+            on_step(step, steps)
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        with torch.set_grad_enabled(step in learned):
+            velocity = policy(x, float(sigma)).float()
+        if step not in learned:
+            x = x + velocity * (sigma_next - sigma)
+            figures.forwards += len(x)
+            continue
+        branches = range(settings.num_branches)
+        candidates, log_prob = _draw(x, velocity, step, sigmas, settings, seed, items, branches)
+        with torch.no_grad():
+            rewards = _score_siblings(score, candidates, sigma_next)
+            frozen = reference(x, float(sigma)).float() if reference and settings.kl_weight else None
+        advantages = gated_advantages(rewards, settings, figures)
+        found = Transitions(step, x, candidates, log_prob, advantages)
+        backward(_loss(velocity, frozen, found, sigmas, settings, figures) / len(learned))
+        x = candidates[torch.arange(len(x), device=x.device), _survivor(rewards, settings, seed, step)]
+    return figures
+
+
+@torch.no_grad()
+def walk(
+    policy: Policy, noise: Tensor, sigmas: Tensor, settings: GRPOSettings, *, seed: int, items: Sequence[int]
+) -> tuple[Tensor, list[Transitions]]:
+    """Trajectories to the end without gradients: the clean latents (B, C, H, W), and every step of the window
+    with
+    its one candidate and advantages still 0. Steps outside the window are Euler steps.
+    """
+    _check_rollout(noise, sigmas, items)
+    x, steps, path = noise.float(), len(sigmas) - 1, []
+    for step in range(steps):
+        velocity = policy(x, float(sigmas[step])).float()
+        if not settings.learns(step, steps):
+            x = x + velocity * (sigmas[step + 1] - sigmas[step])
+            continue
+        candidates, log_prob = _draw(x, velocity, step, sigmas, settings, seed, items, [0])
+        path.append(Transitions(step, x, candidates, log_prob, torch.zeros_like(log_prob)))
+        x = candidates[:, 0]
+    return x, path
+
+
+def grpo(
+    policy: Policy,
+    score: Score,
+    noise: Tensor,
+    sigmas: Tensor,
+    settings: GRPOSettings,
+    *,
+    seed: int,
+    items: Sequence[int],
+    backward: Backward,
+    reference: Policy | None = None,
+    on_step: Callable[[int, int], object] | None = None,
+) -> Figures:
+    """One on-policy iteration of GRPO. noise: (B, C, H, W) with the G = num_branches trajectories of a prompt
+    side
+    by side; the rest as `step_grpo`. Scores the clean latents at sigma 0 and gives every step its
+    trajectory's advantage.
+    """
+    if len(noise) % settings.num_branches:
+        raise ValueError(f"{len(noise)} latents are no whole groups of {settings.num_branches}")
+    figures = Figures()
+    final, path = walk(policy, noise, sigmas, settings, seed=seed, items=items)
+    figures.forwards += len(noise) * (len(sigmas) - 1)
+    rows = torch.arange(len(final), device=final.device)
+    with torch.no_grad():
+        rewards = torch.cat(
+            [score(final[part], 0.0, part) for part in rows.split(settings.num_branches)]
+        ).float()
+    groups = rewards.reshape(-1, settings.num_branches)
+    advantages = gated_advantages(groups, settings, figures).reshape(-1, 1)
+    for index, found in enumerate(path):
+        if on_step:
+            on_step(index, len(path))
+        found.advantages = advantages
+        sigma = float(sigmas[found.step])
+        velocity = policy(found.x, sigma).float()
+        with torch.no_grad():
+            frozen = reference(found.x, sigma).float() if reference and settings.kl_weight else None
+        backward(_loss(velocity, frozen, found, sigmas, settings, figures) / len(path))
+    return figures
+
+
+def std_against_ode(sigmas: Tensor, noise_level: float = 0.7, kind: str = "sde") -> list[float]:
+    """Std of the stochastic path over the ODE's after each step but the last, for unit-variance Gaussian data
+    with
+    its exact velocity, which is linear in x: 1 where drift and noise balance.
+    """
+    one, ratios = torch.ones(1, 1, 1, 1), []
+    stochastic = ordinary = 1.0
+    for sigma, sigma_next in zip(sigmas[:-2].tolist(), sigmas[1:-1].tolist(), strict=True):
+        velocity = (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2)  # E[noise - x0 | x] / x
+        mean, std = transition(one, one * velocity, sigma, sigma_next, noise_level, kind, float(sigmas[1]))
+        stochastic = math.hypot(float(mean) * stochastic, float(std))
+        ordinary *= abs(1 + velocity * (sigma_next - sigma))
+        ratios.append(stochastic / ordinary)
+    return ratios
