@@ -302,7 +302,7 @@ def test_a_broken_picture_costs_its_row():
         )
         report = Report()
         report.read["imagereward"] = report.used["imagereward"] = rows
-        reason = {letter: "broken picture: x" for letter in broken}.get
+        reason = dict.fromkeys(broken, "broken picture: x").get
         (left,) = drop_unscored({"s": [ranking]}, {"s": report}, lambda _, p: reason(p.key)).values()
         tree = report.as_dict()["sources"]["imagereward"]
         numbers = tree["used"], sum(tree["bad"].values()), sum(tree["left_out"].values())
