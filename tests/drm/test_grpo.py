@@ -87,7 +87,7 @@ def likes_high(latents: torch.Tensor, sigma: float, rows: torch.Tensor) -> torch
 def by_hand(
     x: float, candidates: list[float], advantages: list[float], sigma: float, dt: float, g: float
 ) -> tuple[float, float]:
-    """d loss / d(w, b) of one step: -mean_i A_i (x'_i - mean) / std^2 dmean, on policy and without clipping."""
+    """d loss / d(w, b) of a step: -mean_i A_i (x'_i - mean) / std^2 dmean, on policy, nothing clipped."""
     drift = g * g / (2 * sigma)
     coefficient = (1 + drift * (1 - sigma)) * dt  # the velocity's in the mean
     mean = x * (1 + drift * dt) + (0.3 * x - 0.1) * coefficient
