@@ -14,9 +14,6 @@ one is (raw + 10) / 10.
 
 import argparse
 import json
-import math
-import pickle
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +21,20 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from drm import DRM, DRMFileError, save_drm
-from drm.backbone import TruncatedSD3, first_difference
+from drm.backbone import first_difference
 from drm.head import QueryHead
 from training.base import BaseError, load_backbone
+from training.dina_adapter import (
+    ReleaseError,
+    load_pickle,
+    merge_adapter,
+    shapes_of,
+    tensors_of,
+    whole_number,
+)
 
 SHOWN = {"scale": 0.1, "offset": 1.0}
 FACTS = {
@@ -43,27 +48,8 @@ FACTS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", *_ADDED)
-_PREFIX = "base_model.model."
 # What the published model starts its logistic output from; rm_head.pt has no place for what it learned.
 _LOGISTIC = (0.0, 0.15)
-# Kinds of LoRA that are not W + scale B A on the base as it is.
-_UNSUPPORTED = (
-    "use_dora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-    "layer_replication",
-    "target_parameters",
-)
-
-
-class ReleaseError(ValueError):
-    """The release cannot be imported; the message names the first thing that does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +72,15 @@ def import_dina(base: Path, release: Path, out: Path, dtype: torch.dtype = torch
     """
     if out.suffix != ".safetensors":
         raise ReleaseError(f"{out.name}: reward models are saved as .safetensors, choose such a name")
-    weights = _tensors(_load_pickle(release / "checkpoint" / "rm_head.pt"), "rm_head.pt")
+    weights = tensors_of(load_pickle(release / "checkpoint" / "rm_head.pt"), "rm_head.pt")
     facts = read_release(
         release / "config.json", has_text=any("layer_adapters_text" in key for key in weights)
     )
-    backbone = load_backbone(
-        base, facts.num_kept, image_taps=facts.image_taps, text_taps=facts.text_taps
-    ).requires_grad_(False)
+    backbone = load_backbone(base, facts.num_kept, image_taps=facts.image_taps, text_taps=facts.text_taps)
     if facts.lora is not None:
-        merge_adapter(backbone, release / "checkpoint" / "backbone_lora", facts)
+        merge_adapter(
+            backbone, release / "checkpoint" / "backbone_lora", facts.lora, facts.text_output_trained
+        )
     drm = DRM(backbone, build_head(weights, backbone.config.width, facts), FACTS).eval()
     save_drm(drm, out, dtype=dtype)
     return drm
@@ -103,8 +89,7 @@ def import_dina(base: Path, release: Path, out: Path, dtype: torch.dtype = torch
 def read_release(path: Path, has_text: bool = True) -> Release:
     """The model section of a release's config.json; has_text: whether its head has text adapters."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        model = content["model"]
+        model = _json_or_yaml(path.read_text(encoding="utf-8"))["model"]
         depth, visual, text = (
             model["num_transformer_layers"],
             list(model["visual_head_idx"]),
@@ -130,7 +115,7 @@ def read_release(path: Path, has_text: bool = True) -> Release:
     if head.get("out_dim", 1) != 1:
         raise ReleaseError(f"{path} has out_dim {head['out_dim']}: wanted 1, one score a picture")
     return Release(
-        num_kept=_whole_number("num_transformer_layers", depth),
+        num_kept=whole_number("num_transformer_layers", depth),
         image_taps=_taps("visual_head_idx", visual, depth),
         text_taps=_taps("text_head_idx", text, depth),
         text_output_trained=bool(use_text and text[-1:] == [depth]),
@@ -140,10 +125,12 @@ def read_release(path: Path, has_text: bool = True) -> Release:
     )
 
 
-def _whole_number(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ReleaseError(f"config.json: {name} is {value!r}, wanted a whole number above 0")
-    return value
+def _json_or_yaml(text: str) -> dict:
+    # YAML reads nearly all JSON, but not what is indented by tabs.
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def _taps(name: str, taps: list, depth: int) -> tuple[int, ...]:
@@ -170,148 +157,19 @@ def build_head(weights: Mapping[str, Tensor], dim: int, release: Release) -> Que
             dim,
             len(release.image_taps),
             len(release.text_taps),
-            width=None if width == -1 else _whole_number("width", width),
-            num_queries=_whole_number("num_queries", release.head.get("num_queries", 4)),
-            num_heads=_whole_number("num_attn_heads", release.head.get("num_attn_heads", 8)),
+            width=None if width == -1 else whole_number("width", width),
+            num_queries=whole_number("num_queries", release.head.get("num_queries", 4)),
+            num_heads=whole_number("num_attn_heads", release.head.get("num_attn_heads", 8)),
             use_proj_in=bool(release.head.get("use_proj_in", False)),
             logistic=logistic,
         )
     except ValueError as error:
         raise ReleaseError(f"config.json: {error}") from error
-    message = first_difference(_shapes(weights), _shapes(head.state_dict()))
+    message = first_difference(shapes_of(weights), shapes_of(head.state_dict()))
     if message:
         raise ReleaseError(f"rm_head.pt is not the head of config.json on this base: {message}")
     head.load_state_dict({key: value.float() for key, value in weights.items()})
     return head
-
-
-def merge_adapter(backbone: TruncatedSD3, folder: Path, release: Release) -> int:
-    """Adds the adapter's (alpha / r) B A to the backbone's weights in place; how many it changed."""
-    settings = _adapter_settings(folder / "adapter_config.json", release)
-    weights = _read_adapter(folder)
-    expected = expected_adapter(backbone, settings, release, weights)
-    message = first_difference(_shapes(weights), expected)
-    if message:
-        raise ReleaseError(
-            f"the adapter does not fit: {message} (rank {settings['r']}, {backbone.config.num_kept} blocks of"
-            f" width {backbone.config.width}; look at the base and at config.json)"
-        )
-    scale = settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings["use_rslora"] else settings["r"])
-    layers = dict(backbone.named_modules())
-    names = [name for name in _modules(expected) if name in layers]
-    for name in names:
-        down, up = (weights[f"{_PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
-        layers[name].weight += scale * (up @ down)
-    return len(names)
-
-
-def _adapter_settings(path: Path, release: Release) -> dict:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReleaseError(f"{path} cannot be read ({error}): the release is incomplete") from error
-    unsupported = [name for name in _UNSUPPORTED if settings.get(name)]
-    if str(settings.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
-        unsupported.append("init_lora_weights")
-    if settings.get("bias", "none") != "none":
-        unsupported.append("bias")
-    if settings.get("peft_type", "LORA") != "LORA" or unsupported:
-        raise ReleaseError(
-            f"{path.name} has {', '.join(unsupported) or 'peft_type'} set: only plain LoRA is imported"
-        )
-    for name in ("r", "lora_alpha"):
-        values = [source[name] for source in (settings, release.lora) if name in source]
-        if not values or any(value != values[0] for value in values):
-            raise ReleaseError(
-                f"{name} is {settings.get(name)} in {path.name} and {release.lora.get(name)} in config.json:"
-                " wanted one number"
-            )
-        settings[name] = values[0]
-    _whole_number("r", settings["r"])
-    return {"use_rslora": False, "target_modules": _TARGETS, "exclude_modules": None, **settings}
-
-
-def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        path = folder / "adapter_model.bin"
-        return _tensors(_load_pickle(path), path.name)
-    try:
-        return _tensors(load_file(path), path.name)
-    except (SafetensorError, OSError) as error:
-        raise ReleaseError(f"{path} is damaged or cut short ({error}): download it again") from error
-
-
-def expected_adapter(
-    backbone: TruncatedSD3, settings: Mapping, release: Release, found: Mapping[str, Tensor]
-) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the adapter's weights on this backbone, in the order of its layers.
-
-    Two kinds of layer count only when they are found: the second attention, when the adapter has it nowhere,
-    and the last block's text side, which feeds nothing and is excluded unless its text is read.
-    """
-    last = f"transformer_blocks.{backbone.config.num_kept - 1}.attn"
-    shapes = {
-        name: (layer.in_features, layer.out_features)
-        for name, layer in backbone.named_modules()
-        if isinstance(layer, nn.Linear)
-    }
-    # A layer the adapter may have and the cut backbone lacks.
-    shapes.setdefault(f"{last}.to_add_out", (backbone.config.width, backbone.config.width))
-    optional = set()
-    if settings["exclude_modules"] is None and not release.text_output_trained:
-        optional = {f"{last}.{name}" for name in _ADDED}
-    present = _modules(found)
-    if not any(".attn2." in name for name in present):
-        optional |= {name for name in shapes if ".attn2." in name}
-    rank, expected = settings["r"], {}
-    for name, (n_in, n_out) in shapes.items():
-        if not _matches(name, settings["target_modules"]) or _matches(name, settings["exclude_modules"]):
-            continue
-        if name in present or name not in optional:
-            expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, n_in)
-            expected[f"{_PREFIX}{name}.lora_B.weight"] = (n_out, rank)
-    return expected
-
-
-def _modules(names: Mapping[str, object]) -> list[str]:
-    """The layers that an adapter's weights belong to, each once."""
-    return list(
-        dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", name.removeprefix(_PREFIX)) for name in names)
-    )
-
-
-def _matches(name: str, patterns: list[str] | str | None) -> bool:
-    """PEFT's rule: a regular expression for the whole name, or a list of names and their tails."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns or ())
-
-
-def _load_pickle(path: Path) -> object:
-    if not path.is_file():
-        raise ReleaseError(f"{path} is not there: give the folder of a DiNa-LRM release")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ReleaseError(f"{path} is damaged or holds more than weights ({reason})") from error
-
-
-def _tensors(content: object, name: str) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ReleaseError(f"{name} is not a state dict: wanted names and tensors only")
-    for key, value in content.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ReleaseError(f"{name}: {key} holds NaN or infinity, download it again")
-    return dict(content)
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in weights.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,21 +1,26 @@
 """DiNa-LRM releases around small random bases, and what the published model computes with them.
 
 The model is put together here from diffusers' whole blocks and PEFT's own adapter, and the head's formula is
-written out on its state dict: nothing of drm or training is used.
+written out on its state dict: what is tested takes no part.
 
     dina = write_release(folder, transformer, num_transformer_layers=2, visual_head_idx=[0, 2], ...)
     dina.raw(latents, sigma, prompt_embeds, pooled)             # (B,)
 """
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from drm.comfy_layout import to_comfy_layout
+from tests.tiny import tiny_transformer
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", *ADDED)
@@ -41,6 +46,28 @@ MODEL = {
         "dropout": 0.0,
     },
 }
+
+
+# Where a release keeps what.
+CONFIG, HEAD = "config.json", "checkpoint/rm_head.pt"
+ADAPTER, SETTINGS = (
+    "checkpoint/backbone_lora/adapter_model.safetensors",
+    "checkpoint/backbone_lora/adapter_config.json",
+)
+LORA = "base_model.model.transformer_blocks"
+
+
+def small_transformer(dual_attention_layers: tuple[int, ...] = (0, 1), **changes: int) -> nn.Module:
+    """A base of 3 blocks of width 192, dual attention in the first two."""
+    sizes = {"hidden": 192, "depth": 3, "joint_attention_dim": 40, "pooled_projection_dim": 24, **changes}
+    return tiny_transformer(**sizes, dual_attention_layers=dual_attention_layers)
+
+
+def write_base(path: Path, transformer: nn.Module, dtype: torch.dtype = torch.float32) -> Path:
+    """The transformer as one file in ComfyUI's layout."""
+    state_dict = {key: value.to(dtype) for key, value in transformer.state_dict().items()}
+    save_file(to_comfy_layout(state_dict, transformer.config), path)
+    return path
 
 
 class _Blocks(nn.Module):
@@ -199,8 +226,6 @@ def write_release(folder: Path, transformer: nn.Module, seed: int = 7, **model: 
 
 def _adapted(blocks: nn.Module, section: Mapping, seed: int) -> nn.Module:
     """PEFT's model, its matrices random, on everything the published code adapts."""
-    import copy
-
     last = f"transformer_blocks.{section['num_transformer_layers'] - 1}.attn"
     text_is_read = section["use_text_features"] and section["text_head_idx"][-1:] == [
         section["num_transformer_layers"]
@@ -220,3 +245,36 @@ def _adapted(blocks: nn.Module, section: Mapping, seed: int) -> nn.Module:
                     0.3 * torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
                 )
     return adapted
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Changes entries of the model section; None removes one."""
+    content = json.loads((folder / CONFIG).read_text())
+    for name, value in changes.items():
+        if value is None:
+            content["model"].pop(name)
+        elif isinstance(value, dict):
+            content["model"][name] |= value
+        else:
+            content["model"][name] = value
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+def change_settings(folder: Path, **changes: object) -> None:
+    """Changes entries of adapter_config.json."""
+    settings = json.loads((folder / SETTINGS).read_text())
+    (folder / SETTINGS).write_text(json.dumps(settings | changes))
+
+
+def change_adapter(folder: Path, change: Callable) -> None:
+    """Lets a function change the adapter's weights."""
+    weights = load_file(folder / ADAPTER)
+    change(weights)
+    save_file(weights, folder / ADAPTER)
+
+
+def change_head(folder: Path, change: Callable) -> None:
+    """Lets a function change the head's weights."""
+    weights = torch.load(folder / HEAD, weights_only=True)
+    change(weights)
+    torch.save(weights, folder / HEAD)
