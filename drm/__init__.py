@@ -20,6 +20,7 @@ __all__ = [
     "grpo",
     "head",
     "load_drm",
+    "lora",
     "model",
     "preference",
     "save_drm",
