@@ -10,6 +10,7 @@ from tests.training.dina_release import (
     ADAPTER,
     CONFIG,
     HEAD,
+    LORA,
     SETTINGS,
     change_adapter,
     change_config,
@@ -20,8 +21,6 @@ from tests.training.dina_release import (
     write_release,
 )
 from training.import_dina import main
-
-LORA = "base_model.model.transformer_blocks"
 
 
 def run(base, release, out):
