@@ -85,8 +85,8 @@ def test_by_hand():
 
     temb 0 leaves gamma = beta = 0, so an image token becomes the mean of its values (proj of quarters) in all
     four places, which the norm makes (1, 1, 1, 1). Keys are 0, so attention is the mean; the gate is
-    sigmoid(0) = 1/2. The query starts at 0: after attn1 it is 1/2 everywhere, after attn2 3/2; the feed-forward
-    is 0; the head adds the four places, 6, and its bias, 1/4.
+    sigmoid(0) = 1/2. The query starts at 0: after attn1 it is 1/2 everywhere, after attn2 3/2; the
+    feed-forward is 0; the head adds the four places, 6, and its bias, 1/4.
     """
     head = QueryHead(4, 1, 0, num_queries=1, num_heads=2)
     with torch.no_grad():
