@@ -4,9 +4,9 @@
     accelerate launch --config_file training/configs/accelerate_8gpu.yaml -m training.encode --config FILE
 
 Every picture and prompt is encoded once however many pairs name it (encode_plan.py lists them). Shard s is
-made by process s mod N; it is there whole or not at all, so a run that was stopped, by kill -9 or a full disk,
-goes on where it was and ends in the same files. Decoding runs in worker processes ahead of the VAE. What cannot
-be decoded or is not finite is listed in report.json, and its pairs are left out.
+made by process s mod N; it is there whole or not at all, so a run that was stopped, by kill -9 or a full
+disk, goes on where it was and ends in the same files. Decoding runs in worker processes ahead of the VAE.
+What cannot be decoded or is not finite is listed in report.json, and its pairs are left out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -152,7 +153,7 @@ class Encoding:
         batches = [batch for shard in mine for batch in self.pictures.batches(shard, size)]
         if mine:
             self.encoders.load_vae()  # before the clock runs
-        decoded = iter(self.loader(batches))
+        decoded = self.decode(batches)
         with self.progress("pictures", sum(map(len, batches))) as bar:
             for shard in mine:
                 parts, bad = [], {}
@@ -166,9 +167,10 @@ class Encoding:
                 self.write(self.pictures, shard, parts, self.latent_shapes, bad)
         self.count("pictures", bar)
 
-    def loader(self, batches: list[list[int]]) -> DataLoader:
+    def decode(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """What _Pictures makes of each batch, in order, prepared ahead by the workers."""
         workers = self.config.workers
-        return DataLoader(
+        loader = DataLoader(
             _Pictures(self.folder / "plan", self.config.resolution),
             batch_size=None,
             sampler=batches,
@@ -176,6 +178,11 @@ class Encoding:
             prefetch_factor=AHEAD if workers and batches else None,
             pin_memory=self.state.device.type == "cuda",
         )
+        ready = iter(loader)  # named, so that it outlives an error: its end would print another one
+        try:
+            yield from ready
+        except (ConnectionError, EOFError) as error:  # a batch was half way when its worker died
+            raise _worker_died(error) from error
 
     def encode_prompts(self) -> None:
         """This process's missing prompt shards."""
@@ -336,11 +343,25 @@ def _rate(what: str, figures: list[tuple[dict, dict]]) -> float | None:
     return encoded / max(seconds[what] for _, seconds in figures) if encoded else None
 
 
+def _state() -> PartialState:
+    """This process among the others; on CPUs accelerate asks to be told so."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def _worker_died(error: Exception) -> EncodeError:
+    what = " ".join(str(error).split())[:160]
+    return EncodeError(
+        f"a decoding worker died ({what}): is memory or /dev/shm full? Lower `workers` and start again, the"
+        " finished shards are kept"
+    )
+
+
 def encode(config: EncodeConfig) -> Cost | None:
     """Writes the encoded folder `config.out`; what it cost, on the main process."""
     transformers_logging.disable_progress_bar()
     try:
-        return Encoding(config, PartialState(timeout=PATIENCE)).run()
+        return Encoding(config, _state()).run()
     except torch.OutOfMemoryError as error:
         raise EncodeError(
             "the GPU's memory is full: lower batch_images or batch_prompts and start again"
@@ -348,10 +369,7 @@ def encode(config: EncodeConfig) -> Cost | None:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise EncodeError(
-            f"a decoding worker died ({' '.join(str(error).split())[:160]}): is memory or /dev/shm full?"
-            " Lower `workers` and start again, the finished shards are kept"
-        ) from error
+        raise _worker_died(error) from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -369,9 +387,8 @@ def main(arguments: list[str] | None = None) -> None:
             print("\n".join(summary(cost, Path(config.out))))
     except (ConfigError, ReaderError, PlanError, EncoderError, EncodeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if PartialState().num_processes > 1:
-            os._exit(1)  # the others may wait for this process: leave at once, the launcher ends them
-        sys.exit(1)
+        # The other processes may wait for this one: leave at once, the launcher ends them.
+        os._exit(1)
 
 
 if __name__ == "__main__":

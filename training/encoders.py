@@ -39,6 +39,17 @@ def prepare_picture(image: Image.Image, resolution: int) -> np.ndarray:
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
 
 
+def _frozen(model: torch.nn.Module) -> torch.nn.Module:
+    """The model for inference, its weights moved to where tensors usually lie.
+
+    Read through a file map they lie at any address, and MKL's matrix-vector products round differently by
+    address: the same prompt would give other last bits in another process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model.eval().requires_grad_(False)
+
+
 class SD3Encoders:
     """Encoders of one folder; each is loaded when it is first needed, so latents alone need no T5."""
 
@@ -90,7 +101,7 @@ class SD3Encoders:
 
         with self._loading("vae") as path:
             vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
-        return vae.to(self.device).eval().requires_grad_(False)
+        return _frozen(vae.to(self.device))
 
     @functools.cached_property
     def _clips(self) -> list[tuple]:
@@ -109,7 +120,7 @@ class SD3Encoders:
             tokenizer = tokenizer_class.from_pretrained(path, local_files_only=True)
         with self._loading(name) as path:
             model = model_class.from_pretrained(path, dtype=self.dtype, local_files_only=True)
-        return tokenizer, model.to(self.device).eval().requires_grad_(False)
+        return tokenizer, _frozen(model.to(self.device))
 
     def load_vae(self) -> None:
         """Loads the VAE now rather than at the first picture."""
