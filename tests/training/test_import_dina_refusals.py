@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.training.dina_release import (
     ADAPTER,
@@ -194,6 +195,20 @@ def test_another_base_is_named(published, tmp_path, capsys, changes, message):
     write_base(tmp_path / "other.safetensors", other)
     assert run(tmp_path / "other.safetensors", published.folder, tmp_path / "dina.safetensors") == 1
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "dina.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a Flux-type diffusion checkpoint"),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "an SDXL checkpoint"),
+    ],
+)
+def test_a_base_of_another_family(published, tmp_path, capsys, key, message):
+    save_file({key: torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert run(tmp_path / "other.safetensors", published.folder, tmp_path / "dina.safetensors") == 1
+    assert re.search(f"not an SD3 or SD3.5 checkpoint, it looks like {message}", capsys.readouterr().err)
     assert not (tmp_path / "dina.safetensors").exists()
 
 
