@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .branching import branch_candidates
+from .branching import branch_candidates, philox4x32
 from .sde import transition, transition_log_prob
 
 Policy = Callable[[Tensor, float], Tensor]
@@ -34,6 +34,8 @@ Score = Callable[[Tensor, float, Tensor], Tensor]
 Backward = Callable[[Tensor], object]
 
 CLIP_RANGE = {"sde": 1e-4, "cps": 1e-5}
+# The noise stream that picks survivors, which no candidate has.
+_SURVIVOR_BRANCH = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,12 +221,14 @@ def _score_siblings(score: Score, candidates: Tensor, sigma_next: Tensor) -> Ten
     return torch.stack(rewards).to(candidates.device, torch.float32)
 
 
-def _survivor(rewards: Tensor, settings: GRPOSettings, seed: int, step: int) -> Tensor:
-    """Which sibling of each item goes on, (B,)."""
+def _survivor(rewards: Tensor, settings: GRPOSettings, seed: int, step: int, items: Sequence[int]) -> Tensor:
+    """Which sibling of each item goes on, (B,); a random one depends on the item, not on its batch."""
     if settings.sibling == "best":
         return rewards.argmax(dim=1)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFFFFFFFFFFFFFF)
-    return torch.randint(rewards.shape[1], (len(rewards),), generator=generator).to(rewards.device)
+    item = torch.tensor(list(items), dtype=torch.int64)
+    zero, own = torch.zeros_like(item), torch.full_like(item, _SURVIVOR_BRANCH)
+    bits, *_ = philox4x32(zero, zero + step, item, own, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    return (bits % rewards.shape[1]).to(rewards.device)
 
 
 def step_grpo(
@@ -270,7 +274,7 @@ def step_grpo(
         advantages = gated_advantages(rewards, settings, figures)
         found = Transitions(step, x, candidates, log_prob, advantages)
         backward(_loss(velocity, frozen, found, sigmas, settings, figures) / len(learned))
-        x = candidates[torch.arange(len(x), device=x.device), _survivor(rewards, settings, seed, step)]
+        x = candidates[torch.arange(len(x), device=x.device), _survivor(rewards, settings, seed, step, items)]
     return figures
 
 

@@ -219,13 +219,14 @@ def test_the_window_and_the_sibling_that_goes_on():
 
 
 def test_a_random_sibling_is_drawn_evenly_and_by_the_seed():
-    settings, rewards = GRPOSettings(num_branches=4), torch.randn(1000, 4)
-    drawn = grpo._survivor(rewards, settings, 7, 2)
+    settings, rewards, items = GRPOSettings(num_branches=4), torch.randn(1000, 4), range(1000)
+    drawn = grpo._survivor(rewards, settings, 7, 2, items)
     assert torch.bincount(drawn, minlength=4).float().div(1000).tolist() == pytest.approx(
         [0.25] * 4, abs=0.05
     )
-    assert torch.equal(drawn, grpo._survivor(rewards, settings, 7, 2))
-    assert not torch.equal(drawn, grpo._survivor(rewards, settings, 8, 2))
+    assert torch.equal(drawn, grpo._survivor(rewards, settings, 7, 2, items))
+    assert not torch.equal(drawn, grpo._survivor(rewards, settings, 8, 2, items))
+    assert torch.equal(drawn[400:], grpo._survivor(rewards[400:], settings, 7, 2, items[400:]))
 
 
 @pytest.mark.parametrize("method", ["step-grpo", "grpo"])
