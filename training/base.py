@@ -1,4 +1,4 @@
-"""The base model of a reward model: the first blocks of an SD3 or SD3.5 transformer, from what people have.
+"""The base model people have, an SD3 or SD3.5 transformer: its first blocks for a reward model, or all of it.
 
     sd3.5_medium.safetensors     one file in ComfyUI's (the original) layout, with or without VAE and encoders
     stable-diffusion-3.5-medium/ a diffusers pipeline: transformer/config.json and one file, or an index of
@@ -10,13 +10,17 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from drm.backbone import BackboneConfig, TruncatedSD3, backbone_from_state_dict, is_kept
+from drm.backbone import BackboneConfig, TruncatedSD3, backbone_from_state_dict, first_difference, is_kept
 from drm.checkpoint import looks_like
 from drm.comfy_layout import PREFIX, from_comfy_layout, is_kept_in_comfy_layout
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
 
 # What quantised files have beside their weights; the weights mean nothing without it.
 _SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
@@ -60,8 +64,32 @@ def load_backbone(
         raise BaseError(f"{path.name} cannot be the base: {error}") from error
 
 
+def load_transformer(
+    base: str | os.PathLike, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> "SD3Transformer2DModel":
+    """The whole transformer of an SD3-family checkpoint or diffusers folder, frozen, in eval mode.
+
+    Raises BaseError, in one sentence, as load_backbone does.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    path = Path(base)
+    read = _read_diffusers if path.is_dir() else _read_single_file
+    config, weights = read(path, None, True, device, dtype)
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(config)
+    found, expected = (
+        {key: tuple(value.shape) for key, value in tensors.items()}
+        for tensors in (weights, transformer.state_dict())
+    )
+    if message := first_difference(found, expected):
+        raise BaseError(f"{path.name} cannot be the base: {message}")
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.requires_grad_(False).eval()
+
+
 def _read_single_file(
-    path: Path, num_kept: int, keeps_text: bool, device: str | torch.device, dtype: torch.dtype
+    path: Path, num_kept: int | None, keeps_text: bool, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[dict, dict[str, Tensor]]:
     if path.suffix != ".safetensors" and path.exists():
         raise BaseError(f"{path.name} is not a .safetensors file: give the base in that format")
@@ -76,7 +104,7 @@ def _read_single_file(
             key
             for key in keys
             if key.startswith(prefix)
-            and is_kept_in_comfy_layout(key.removeprefix(prefix), num_kept, keeps_text)
+            and (num_kept is None or is_kept_in_comfy_layout(key.removeprefix(prefix), num_kept, keeps_text))
         ]
         tensors = _read(file, keys, set(kept), device, dtype)
     try:
@@ -98,7 +126,7 @@ def _foreign(name: str, keys: Iterable[str]) -> str:
 
 
 def _read_diffusers(
-    folder: Path, num_kept: int, keeps_text: bool, device: str | torch.device, dtype: torch.dtype
+    folder: Path, num_kept: int | None, keeps_text: bool, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[dict, dict[str, Tensor]]:
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (transformer / "config.json").is_file():
@@ -116,7 +144,7 @@ def _read_diffusers(
     for path in _weight_files(transformer):
         with _open(path) as file:
             keys = list(file.keys())
-            kept = {key for key in keys if is_kept(key, num_kept, keeps_text)}
+            kept = {key for key in keys if num_kept is None or is_kept(key, num_kept, keeps_text)}
             tensors |= _read(file, keys, kept, device, dtype)
     return config, tensors
 

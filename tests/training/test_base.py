@@ -10,7 +10,7 @@ from drm import save_drm
 from drm.backbone import backbone_from_transformer
 from drm.comfy_layout import PREFIX, to_comfy_layout
 from tests.tiny import tiny_drm, tiny_transformer
-from training.base import BaseError, load_backbone
+from training.base import BaseError, load_backbone, load_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -42,6 +42,14 @@ def bases(transformer, tmp_path_factory):
     return folder
 
 
+def velocity(transformer):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 16, 6, 10), (2, 7, 40), (2, 256)
+    latents, prompt_embeds, pooled = (torch.randn(shape, generator=generator) for shape in shapes)
+    with torch.no_grad():
+        return transformer(latents, prompt_embeds, pooled, torch.tensor([100.0, 700.0]), return_dict=False)[0]
+
+
 def run(backbone, taps=False):
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 16, 6, 10), (2, 7, 40), (2, 256)
@@ -52,6 +60,13 @@ def run(backbone, taps=False):
 
 
 NAMES = ("bare.safetensors", "with_vae.safetensors", "pipeline", "alone", "several", "variant")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_gives_the_same_whole_transformer(transformer, bases, name):
+    loaded = load_transformer(bases / name)
+    assert torch.equal(velocity(loaded), velocity(transformer))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 @pytest.mark.parametrize("num_kept", [1, 2, 3])
