@@ -385,6 +385,9 @@ def main(arguments: list[str] | None = None) -> None:
         cost = encode(config)
         if cost is not None:
             print("\n".join(summary(cost, Path(config.out))))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from the finished shards", file=sys.stderr, flush=True)
+        os._exit(130)
     except (ConfigError, ReaderError, PlanError, EncoderError, EncodeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # The other processes may wait for this one: leave at once, the launcher ends them.
