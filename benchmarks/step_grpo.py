@@ -29,7 +29,7 @@ from benchmarks.stepwise import Prompt, choose_prompts, drm_scorer, measure
 from drm import flow, grpo, stepwise
 from drm.grpo import GRPOSettings
 from training.batches import generator
-from training.demo import text
+from training.demo import data, text
 from training.demo.export import Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
 from training.loop import bfloat16_autocast
@@ -58,6 +58,7 @@ class Setting:
     kind: str = "sde"
     sibling: str = "random"
     end: float = 1.0
+    prompts: str = "all"
     every: int = 10
 
     @property
@@ -131,9 +132,27 @@ class Policy:
         return velocity
 
 
-def split_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and those kept aside: of every eighth concept."""
-    prompts = choose_prompts(family, 4 * len(family.concepts))
+def unseen_pairs(concepts: int) -> dict[int, int]:
+    """{concept: style} of the 200 pairs that no demo model saw, as training.demo.data splits them."""
+    everything = [(concept, style) for style in range(len(data.STYLES)) for concept in range(concepts)]
+    return dict(everything[i] for i in data.split(everything, concepts))
+
+
+def split_prompts(family: Family, which: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and those of every eighth concept kept aside. "unseen": only (concept, style)
+    pairs
+    that the generator never saw, where it has most to learn.
+    """
+    prompts = choose_prompts(family, len(data.STYLES) * len(family.concepts))
+    if which == "unseen":
+        pairs = unseen_pairs(len(family.concepts))
+        asked = {(p.concept, p.caption): p for p in prompts}
+        words = {p.concept: p.caption.rpartition(", ")[0] for p in prompts}
+        prompts = [
+            asked[concept, f"{words[concept]}, {data.STYLES[style]} style"]
+            for concept, style in sorted(pairs.items())
+        ]
+        return [p for i, p in enumerate(prompts) if i % 4], prompts[::4][:EVALUATED]
     held = [prompt for prompt in prompts if prompt.concept % HELD_OUT_EVERY == 0]
     return [p for p in prompts if p.concept % HELD_OUT_EVERY], held[:EVALUATED]
 
@@ -181,7 +200,7 @@ def train(setting: Setting, out: Path) -> list[dict]:
     if path.exists():
         return json.loads(path.read_text())
     family = load_family(Path("models"))
-    learn, held = split_prompts(family)
+    learn, held = split_prompts(family, setting.prompts)
     policy = Policy(family, setting.rank, setting.seed, setting.cfg)
     settings = GRPOSettings(
         method=setting.way,
