@@ -83,12 +83,14 @@ class Encoding:
         self.encoders = SD3Encoders.from_folder(config.encoders, state.device, text_dtype)
         self.latent_shapes = {"latents": self.encoders.latent_shape(config.resolution)}
         self.prompt_shapes = self.encoders.prompt_shapes(config.t5_lengths)
-        self.seconds = {"pictures": 0.0, "prompts": 0.0}
+        self.seconds = {"pictures": 0.0, "prompts": 0.0, "waiting": 0.0}
         self.encoded = {"pictures": 0, "prompts": 0}
 
     def run(self) -> Cost | None:
         """Encodes what is missing; on the main process writes the pair table and says what it cost."""
         if self.state.is_main_process:
+            for left_over in self.folder.rglob("*.tmp"):  # of a run killed while it wrote
+                left_over.unlink()
             make_plan(self.config, identity(self.config, self.encoders.describe()))
         self.state.wait_for_everyone()
         self.plan = Plan(self.folder / "plan")
@@ -158,7 +160,9 @@ class Encoding:
             for shard in mine:
                 parts, bad = [], {}
                 for batch in self.pictures.batches(shard, size):
+                    asked = time.monotonic()
                     numbers, pixels, reasons = next(decoded)
+                    self.seconds["waiting"] += time.monotonic() - asked
                     bad |= reasons
                     if numbers:
                         latents = self.encoders.encode_pixels(pixels)
@@ -297,6 +301,7 @@ class Encoding:
             prompt_bytes=row_bytes(self.prompt_shapes, self.dtype),
             pictures_per_second=_rate("pictures", figures),
             prompts_per_second=_rate("prompts", figures),
+            waiting=sum(s["waiting"] for _, s in figures) / (sum(s["pictures"] for _, s in figures) or 1),
         )
 
     def write_pairs(self, keep: np.ndarray, pictures: np.ndarray, prompts: np.ndarray) -> None:

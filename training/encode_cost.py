@@ -15,7 +15,9 @@ MILLION = 1_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What was encoded and how fast; a rate is None when nothing of its kind was left to do."""
+    """What was encoded and how fast; a rate is None when nothing of its kind was left to do. `waiting`: the
+    share of the pictures' time that the VAE waited for decoded ones.
+    """
 
     pairs: int
     pictures: int
@@ -24,6 +26,7 @@ class Cost:
     prompt_bytes: int
     pictures_per_second: float | None
     prompts_per_second: float | None
+    waiting: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -55,7 +58,9 @@ def summary(cost: Cost, folder: Path) -> Iterator[str]:
     report = json.loads((folder / "report.json").read_text())["sources"]
     bad = sum(sum(counts["bad"].values()) for counts in report.values())
     yield f"{folder}: {cost.pairs:,} pairs, {bad:,} rows could not be used (report.json says why)"
-    yield f"pictures {cost.pictures:>12,} of {cost.picture_bytes:>9,} bytes, {rate(cost.pictures_per_second)}"
+    waited = f", {cost.waiting:.0%} of it waiting for decoding" if cost.pictures_per_second else ""
+    pictures = f"{rate(cost.pictures_per_second)}{waited}"
+    yield f"pictures {cost.pictures:>12,} of {cost.picture_bytes:>9,} bytes, {pictures}"
     yield f"prompts  {cost.prompts:>12,} of {cost.prompt_bytes:>9,} bytes, {rate(cost.prompts_per_second)}"
     stored, hours = forecast(cost)
     took = f" and {hours:,.1f} hours at this rate" if hours is not None else ""

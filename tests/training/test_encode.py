@@ -198,6 +198,7 @@ def test_killed_and_started_again_gives_the_same_files(made, encoded, tmp_path):
     left = sorted(path.name for path in (tmp_path / "killed").glob("*.safetensors"))
     assert "meta.json" not in contents(tmp_path / "killed")
     assert len(left) < len([name for name in contents(encoded[0]) if name.endswith(".safetensors")])
+    (tmp_path / "killed" / "images-00003.safetensors.1.tmp").write_bytes(b"half a shard")
     encode(config)
     assert contents(tmp_path / "killed") == contents(encoded[0])
 
@@ -373,7 +374,10 @@ def test_the_command_ends_with_a_summary(made, encoded, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "150 pairs, 22 rows could not be used" in printed
     assert "all there before" in printed
-    assert "".join(summary(encoded[1], out)).count("a second") == 2
+    fresh = "".join(summary(encoded[1], out))
+    assert fresh.count("a second") == 2
+    assert "waiting for decoding" in fresh
+    assert 0 < encoded[1].waiting < 1
 
 
 def test_a_wrong_folder_ends_the_command_in_one_line(made, tmp_path):
