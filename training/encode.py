@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,49 +26,31 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from training import shards
 from training.config import ConfigError, DRMConfig, EncodeConfig, read_config
-from training.encode_cost import Cost, row_bytes, summary
-from training.encode_plan import Plan, PlanError, Shards, identity, make_plan, prompt_shard_size, source_names
-from training.encoders import EncoderError, SD3Encoders, prepare_picture
-from training.readers import PictureError, ReaderError
+from training.decode_ahead import WorkerDied, decode_ahead
+from training.encode_cost import Cost, rate_of, row_bytes, summary
+from training.encode_plan import (
+    Plan,
+    PlanError,
+    Shards,
+    identity,
+    is_held_out,
+    make_plan,
+    prompt_shard_size,
+    source_names,
+)
+from training.encoders import EncoderError, SD3Encoders
+from training.readers import ReaderError
 
-AHEAD = 4  # batches each worker keeps ready
 PATIENCE = datetime.timedelta(hours=12)  # how long processes wait for the one that reads the sources
 
 
 class EncodeError(RuntimeError):
     """The pass stopped; the message says why and what to do. Finished shards are kept."""
-
-
-def is_held_out(prompt: str, share: float, seed: int) -> bool:
-    """Whether a prompt belongs to the share only evaluated on, decided by its hash: in any set, any run."""
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-class _Pictures(Dataset):
-    """Decodes a batch of the plan's pictures: (numbers, (n, r, r, 3) uint8, {number: reason} of the bad)."""
-
-    def __init__(self, folder: Path, resolution: int) -> None:
-        self.folder, self.resolution, self.plan = folder, resolution, None
-
-    def __getitem__(self, numbers: list[int]) -> tuple[list[int], Tensor, dict[int, str]]:
-        self.plan = self.plan or Plan(self.folder)  # opened where it is used: maps do not travel to workers
-        good, pixels, bad = [], [], {}
-        for number in numbers:
-            try:
-                image = self.plan.picture(number).open()
-                pixels.append(prepare_picture(image, self.resolution))
-                good.append(number)
-            except PictureError as error:
-                bad[number] = str(error)
-        stacked = np.stack(pixels) if pixels else np.zeros((0, self.resolution, self.resolution, 3), np.uint8)
-        return good, torch.from_numpy(stacked), bad
 
 
 class Encoding:
@@ -155,7 +135,10 @@ class Encoding:
         batches = [batch for shard in mine for batch in self.pictures.batches(shard, size)]
         if mine:
             self.encoders.load_vae()  # before the clock runs
-        decoded = self.decode(batches)
+        pin = self.state.device.type == "cuda"
+        decoded = decode_ahead(
+            self.folder / "plan", self.config.resolution, batches, workers=self.config.workers, pin_memory=pin
+        )
         with self.progress("pictures", sum(map(len, batches))) as bar:
             for shard in mine:
                 parts, bad = [], {}
@@ -170,23 +153,6 @@ class Encoding:
                     bar.update(len(batch))
                 self.write(self.pictures, shard, parts, self.latent_shapes, bad)
         self.count("pictures", bar)
-
-    def decode(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        """What _Pictures makes of each batch, in order, prepared ahead by the workers."""
-        workers = self.config.workers
-        loader = DataLoader(
-            _Pictures(self.folder / "plan", self.config.resolution),
-            batch_size=None,
-            sampler=batches,
-            num_workers=min(workers, len(batches)),
-            prefetch_factor=AHEAD if workers and batches else None,
-            pin_memory=self.state.device.type == "cuda",
-        )
-        ready = iter(loader)  # named, so that it outlives an error: its end would print another one
-        try:
-            yield from ready
-        except (ConnectionError, EOFError) as error:  # a batch was half way when its worker died
-            raise _worker_died(error) from error
 
     def encode_prompts(self) -> None:
         """This process's missing prompt shards."""
@@ -299,8 +265,8 @@ class Encoding:
             prompts=int((prompts >= 0).sum()),
             picture_bytes=row_bytes(self.latent_shapes, self.dtype),
             prompt_bytes=row_bytes(self.prompt_shapes, self.dtype),
-            pictures_per_second=_rate("pictures", figures),
-            prompts_per_second=_rate("prompts", figures),
+            pictures_per_second=rate_of("pictures", figures),
+            prompts_per_second=rate_of("prompts", figures),
             waiting=sum(s["waiting"] for _, s in figures) / (sum(s["pictures"] for _, s in figures) or 1),
         )
 
@@ -342,24 +308,10 @@ class Encoding:
         }
 
 
-def _rate(what: str, figures: list[tuple[dict, dict]]) -> float | None:
-    """All processes' rows a second, None when there was nothing to do."""
-    encoded = sum(counts[what] for counts, _ in figures)
-    return encoded / max(seconds[what] for _, seconds in figures) if encoded else None
-
-
 def _state() -> PartialState:
     """This process among the others; on CPUs accelerate asks to be told so."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
-
-
-def _worker_died(error: Exception) -> EncodeError:
-    what = " ".join(str(error).split())[:160]
-    return EncodeError(
-        f"a decoding worker died ({what}): is memory or /dev/shm full? Lower `workers` and start again, the"
-        " finished shards are kept"
-    )
 
 
 def encode(config: EncodeConfig) -> Cost | None:
@@ -372,9 +324,9 @@ def encode(config: EncodeConfig) -> Cost | None:
             "the GPU's memory is full: lower batch_images or batch_prompts and start again"
         ) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker" not in str(error):  # its signal may arrive anywhere
             raise
-        raise _worker_died(error) from error
+        raise WorkerDied.saying(error) from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -393,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the finished shards", file=sys.stderr, flush=True)
         os._exit(130)
-    except (ConfigError, ReaderError, PlanError, EncoderError, EncodeError, OSError) as error:
+    except (ConfigError, ReaderError, PlanError, EncoderError, EncodeError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # The other processes may wait for this one: leave at once, the launcher ends them.
         os._exit(1)

@@ -42,6 +42,12 @@ def forecast(cost: Cost, pairs: int = MILLION) -> tuple[float, float | None]:
     return scale * cost.bytes, scale * seconds / 3600
 
 
+def rate_of(what: str, figures: list[tuple[dict, dict]]) -> float | None:
+    """All processes' rows a second, None when there was nothing to do."""
+    encoded = sum(counts[what] for counts, _ in figures)
+    return encoded / max(seconds[what] for _, seconds in figures) if encoded else None
+
+
 def row_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
     """Bytes of one row of tensors with these shapes: 131,072 for SD3's latents at 512 in float16, 3,047,424
     for a prompt with T5 lengths 77 and 256.

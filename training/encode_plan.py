@@ -12,6 +12,7 @@ The tables are read through the file map: processes and decoding workers share t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from array import array
 from collections.abc import Callable
@@ -47,6 +48,12 @@ def identity(config: EncodeConfig, encoders: dict[str, str]) -> dict:
     shared = {key: getattr(config, key) for key in ("resolution", "t5_lengths", "dtype", "shard_size")}
     tree = {"version": PLAN_VERSION, "encoders": encoders, **shared, "sources": sources}
     return json.loads(json.dumps(tree))
+
+
+def is_held_out(prompt: str, share: float, seed: int) -> bool:
+    """Whether a prompt belongs to the share only evaluated on, decided by its hash: in any set, any run."""
+    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 class _Numbers(dict):
