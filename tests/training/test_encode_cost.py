@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from training import shards
-from training.config import SourceConfig
+from training.config import ConfigError, EncodeConfig, SourceConfig
+from training.encode import check
 from training.encode_cost import Cost, forecast, row_bytes
 from training.encode_plan import Shards, is_held_out, prompt_shard_size, source_names
 
@@ -41,6 +42,26 @@ def test_shards_and_names():
     assert prompt_shard_size(1) == 1
     sources = [SourceConfig(format=f, path="") for f in ("hpdv3", "pickapic", "hpdv3", "hpdv3")]
     assert source_names(tuple(sources)) == ["hpdv3", "pickapic", "hpdv3-2", "hpdv3-3"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shard_size", 0),
+        ("batch_images", 0),
+        ("batch_prompts", -1),
+        ("workers", -1),
+        ("t5_lengths", (77, 0)),
+        ("held_out", 1.5),
+        ("bad_rows", -0.1),
+        ("sources", ()),
+    ],
+)
+def test_an_impossible_setting_is_named(key, value):
+    sources = (SourceConfig(format="jsonl", path="pairs.jsonl"),)
+    config = EncodeConfig(**{"encoders": "none", "sources": sources, "out": "none", key: value})
+    with pytest.raises(ConfigError, match=rf"encode.{key} is .*: wanted"):
+        check(config)
 
 
 def test_the_held_out_share_is_drawn_by_hash():
