@@ -37,6 +37,7 @@ from training.encode_plan import (
     Plan,
     PlanError,
     Shards,
+    check,
     identity,
     is_held_out,
     make_plan,
@@ -312,23 +313,6 @@ def _state() -> PartialState:
     """This process among the others; on CPUs accelerate asks to be told so."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
-
-
-def check(config: EncodeConfig) -> None:
-    """ConfigError for a value no pass can be made with."""
-    wrong = [
-        (config.shard_size < 1, "shard_size", "at least 1"),
-        (config.batch_images < 1, "batch_images", "at least 1"),
-        (config.batch_prompts < 1, "batch_prompts", "at least 1"),
-        (config.workers < 0, "workers", "0 (none) or more"),
-        (any(length < 1 for length in config.t5_lengths), "t5_lengths", "lengths of at least 1, or []"),
-        (not 0 <= config.held_out <= 1, "held_out", "a share in 0 to 1"),
-        (not 0 <= config.bad_rows <= 1, "bad_rows", "a share in 0 to 1"),
-        (not config.sources, "sources", "at least one"),
-    ]
-    for is_wrong, key, wanted in wrong:
-        if is_wrong:
-            raise ConfigError(f"encode.{key} is {getattr(config, key)}: wanted {wanted}")
 
 
 def encode(config: EncodeConfig) -> Cost | None:

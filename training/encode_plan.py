@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from training.config import EncodeConfig, SourceConfig
+from training.config import ConfigError, EncodeConfig, SourceConfig
 from training.readers import Pair, Picture, ReaderError, Report, read_pairs
 from training.shards import replace_atomically
 
@@ -31,6 +31,23 @@ PROMPTS_A_PICTURE_SHARD = 8  # a prompt weighs some twenty pictures, so its shar
 
 class PlanError(ValueError):
     """The folder belongs to other settings; the message names the first that differs."""
+
+
+def check(config: EncodeConfig) -> None:
+    """ConfigError for a value no pass can be made with."""
+    wrong = [
+        (config.shard_size < 1, "shard_size", "at least 1"),
+        (config.batch_images < 1, "batch_images", "at least 1"),
+        (config.batch_prompts < 1, "batch_prompts", "at least 1"),
+        (config.workers < 0, "workers", "0 (none) or more"),
+        (any(length < 1 for length in config.t5_lengths), "t5_lengths", "lengths of at least 1, or []"),
+        (not 0 <= config.held_out <= 1, "held_out", "a share in 0 to 1"),
+        (not 0 <= config.bad_rows <= 1, "bad_rows", "a share in 0 to 1"),
+        (not config.sources, "sources", "at least one"),
+    ]
+    for is_wrong, key, wanted in wrong:
+        if is_wrong:
+            raise ConfigError(f"encode.{key} is {getattr(config, key)}: wanted {wanted}")
 
 
 def source_names(sources: tuple[SourceConfig, ...]) -> list[str]:

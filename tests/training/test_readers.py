@@ -1,7 +1,9 @@
 """The readers against files of the published formats, with counts, ranks and labels worked out by hand."""
 
+import dataclasses
 import json
 import os
+import shutil
 
 import pyarrow
 import pyarrow.parquet
@@ -151,6 +153,19 @@ def test_imagereward_gathers_the_rows_of_a_prompt(sets):
     best = to_pairs(found[0])[0]
     assert best.chosen.path.endswith("0-1.webp")
     assert best.rejected.path.endswith("0-0.webp")
+
+
+def test_a_downloaded_imagereward_folder_is_read_by_split(sets, tmp_path):
+    folder = tmp_path / "ImageRewardDB"
+    shutil.copytree(sets / "imagereward/images", folder / "images")
+    for split in ("train", "test"):
+        shutil.copy(sets / "imagereward/metadata-train.parquet", folder / f"metadata-{split}.parquet")
+    report = Report()
+    wanted = SourceConfig(format="imagereward", path=str(folder), split="train")
+    assert len(list(read_pairs(wanted, report))) == 16
+    assert report.read["imagereward"] == 15
+    with pytest.raises(ReaderError, match="holds the splits test, train: set `split`"):
+        list(read_pairs(dataclasses.replace(wanted, split=None), Report()))
 
 
 def test_a_ranking_of_nine_gives_every_untied_pair(sets):
