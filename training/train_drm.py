@@ -38,15 +38,12 @@ from training import checkpoints, network
 from training.base import BaseError
 from training.batches import Batch, HeldOutBatches, Mixture, Share, TrainingBatches, generator
 from training.config import ConfigError, DRMConfig, TrainConfig, read_config
-from training.shards import EncodedPairs, ShardError, replace_atomically
+from training.runs import TrainingError, cut_log, first_difference, trackers
+from training.shards import EncodedPairs, ShardError
 
 SIGMA_PARTS = 4
 CALIBRATION_BINS = 10
 RESULT = "reward.safetensors"
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -118,7 +115,7 @@ class Trainer:
 
     def __init__(self, config: DRMConfig) -> None:
         self.config, self.settings, self.out = config, config.train, Path(config.train.out)
-        self.accelerator = Accelerator(mixed_precision="no", log_with=_trackers(), project_dir=self.out)
+        self.accelerator = Accelerator(mixed_precision="no", log_with=trackers(), project_dir=self.out)
         self.device = self.accelerator.device
         self.pairs = EncodedPairs(config.data.encoded)
         half = self.settings.precision == "bf16"
@@ -172,20 +169,20 @@ class Trainer:
         folder = checkpoints.latest(self.out)
         if folder is None:
             if self.accelerator.is_main_process:
-                _cut(self.out / "log.jsonl", 0)
+                cut_log(self.out / "log.jsonl", 0)
             return 0
         facts = checkpoints.restore(
             folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
         )
         if facts["run"] != self._identity():
-            differs = _first_difference(facts["run"], self._identity())
+            differs = first_difference(facts["run"], self._identity())
             raise TrainingError(
                 f"{self.out} holds a run of another configuration ({differs} differs): give train.out another"
                 " folder, or delete that one to start anew"
             )
         if self.accelerator.is_main_process:
-            _cut(self.out / "log.jsonl", facts["step"])
-            _cut(self.out / "evaluation.jsonl", facts["step"] + 1)
+            cut_log(self.out / "log.jsonl", facts["step"])
+            cut_log(self.out / "evaluation.jsonl", facts["step"] + 1)
             print(f"going on from step {facts['step']} of {self.steps}", file=sys.stderr)
         return facts["step"]
 
@@ -446,36 +443,6 @@ def _check_data(drm: torch.nn.Module, pairs: EncodedPairs) -> None:
             f"the encoded prompts are {embeds.shape[-1]} wide and pooled {pooled.shape[-1]}, the base model"
             f" takes {drm.prompt_dim} and {drm.pooled_dim}: encode with the text encoders of that model"
         )
-
-
-def _first_difference(old: dict, new: dict) -> str:
-    for section, values in new.items():
-        if not isinstance(values, dict):
-            if old.get(section) != values:
-                return section
-            continue
-        for key, value in values.items():
-            if old.get(section, {}).get(key) != value:
-                return f"{section}.{key}"
-    return "a setting"
-
-
-def _cut(path: Path, step: int) -> None:
-    """Keeps the lines of steps before `step`: what a killed run wrote after its last checkpoint is redone."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the line it was killed in
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-    replace_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
-
-
-def _trackers() -> list[str]:
-    from accelerate.utils import is_tensorboard_available
-
-    return ["tensorboard"] if is_tensorboard_available() else []
 
 
 def main(arguments: list[str] | None = None) -> None:

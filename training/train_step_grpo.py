@@ -1,0 +1,512 @@
+"""Fine-tune SD3 with a diffusion reward model: Step-GRPO, or GRPO behind one switch, on one GPU or many.
+
+    python -m training.train_step_grpo --config training/configs/step_grpo_sd35_medium.yaml
+    accelerate launch --config_file training/configs/accelerate_8gpu.yaml -m training.train_step_grpo ...
+
+drm/grpo.py has the algorithm. Every process rolls out its share of an iteration's prompts and learns from it;
+the gradients of the LoRA, which are small, are added up once an iteration by hand: a roll-out is many forward
+and backward passes with the adapters on and off, of which DDP would make nothing but trouble. Prompts and
+noise are a function of (seed, iteration), so the run is the same for any number of processes, and one that
+was killed goes on from its last checkpoint as if it had not been: start the same command again. In train.out:
+
+    log.jsonl            one line an iteration      step_*/             checkpoints, the last few
+    evaluation.jsonl     held-out scores            lora.safetensors    the result, for LoraLoader, diffusers
+    pictures/            grids of the same seeds    best.safetensors    the best by its held-out score
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from drm import DRM, DRMFileError, flow, grpo, load_drm
+from drm.lora import LoRAFileError, load_lora, save_lora
+from training import checkpoints
+from training.base import BaseError
+from training.batches import Share, generator
+from training.benchmarks import file_sha256
+from training.config import ConfigError
+from training.decoders import DecoderError, load_decoder
+from training.grpo_config import PromptsConfig, StepGRPOConfig, read_step_grpo
+from training.grpo_evaluation import HeldOut, grid
+from training.policy import Policy, build_policy
+from training.prompts import PromptCache, PromptError, finish, read_prompts, sd3_encode, write_prompts
+from training.rivals import RivalError, load_rival
+from training.runs import TrainingError, cut_log, first_difference, trackers
+
+RESULT, BEST = "lora.safetensors", "best.safetensors"
+ORDER, START, BRANCHES = 11, 12, 13  # streams of generator()
+ERRORS = (
+    ConfigError,
+    PromptError,
+    BaseError,
+    DRMFileError,
+    LoRAFileError,
+    DecoderError,
+    RivalError,
+    TrainingError,
+    checkpoints.CheckpointError,
+)
+
+
+class Tally:
+    """Sums of an iteration's figures over micro-batches and, in `summary`, over processes."""
+
+    NAMES = ("rewards", "squares", "candidates", "spread", "groups", "gated", "kl", "clipped", "steps")
+    NAMES += ("loss", "passes", "forwards")
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(self.NAMES, 0.0)
+        self.ratio_error = 0.0
+
+    def add(self, figures: grpo.Figures, size: int) -> None:
+        """figures of one roll-out of `size` latents."""
+        rewards = torch.cat([one.flatten() for one in figures.rewards]).double()
+        found = {
+            "rewards": rewards.sum().item(),
+            "squares": rewards.square().sum().item(),
+            "candidates": len(rewards),
+            "spread": sum(one.double().sum().item() for one in figures.spreads),
+            "groups": figures.groups,
+            "gated": figures.gated,
+            "kl": size * sum(figures.kl),
+            "clipped": size * sum(figures.clipped),
+            "steps": size * len(figures.clipped),
+            "passes": figures.passes,
+            "forwards": figures.forwards,
+        }
+        for name, value in found.items():
+            self.sums[name] += value
+        self.ratio_error = max(self.ratio_error, figures.ratio_error)
+
+    def summary(self, accelerator: Accelerator) -> dict[str, float]:
+        values = torch.tensor([*self.sums.values()], dtype=torch.float64, device=accelerator.device)
+        error = torch.tensor([self.ratio_error], dtype=torch.float64, device=accelerator.device)
+        total = dict(zip(self.sums, accelerator.reduce(values, "sum").tolist(), strict=True))
+        mean = total["rewards"] / total["candidates"]
+        return {
+            "loss": total["loss"],
+            "rewards/mean": mean,
+            "rewards/std": math.sqrt(max(0.0, total["squares"] / total["candidates"] - mean * mean)),
+            "spread": total["spread"] / total["groups"],
+            "kl": total["kl"] / total["steps"],
+            "gated": total["gated"] / total["groups"],
+            "clipped": total["clipped"] / total["steps"],
+            "ratio_error": accelerator.gather(error).max().item(),
+            "passes": int(total["passes"]),
+            "forwards": int(total["forwards"]),
+        }
+
+
+class Trainer:
+    """One run: policy, reward, prompts, optimiser and where they stand. `run` trains and exports."""
+
+    def __init__(self, config: StepGRPOConfig) -> None:
+        self.config, self.settings, self.out = config, config.train, Path(config.train.out)
+        self.accelerator = Accelerator(mixed_precision="no", log_with=trackers(), project_dir=self.out)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise TrainingError("the base is frozen and whole on every GPU: launch without FSDP or DeepSpeed")
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.prompts = read_prompts(config.data.prompts)
+        held_out = read_prompts(config.data.held_out) if config.data.held_out else []
+        self.cache = embeddings(config.data, [*self.prompts, *held_out], self.accelerator)
+        self.drm = self._load_drm(config.model.drm)
+        self.policy = build_policy(config.model, seed=self.settings.seed, device=self.device)
+        check_fit(self.policy, self.drm, self.cache, "model.drm")
+        if config.model.lora:
+            self.policy.load(load_lora(config.model.lora)[0])
+        self.empty = tuple(part.to(self.device) for part in self.cache.embeds([""]))
+        self.sigmas = flow.schedule(config.rollout.steps, config.rollout.shift)
+        self.share = Share(
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            global_batch=config.rollout.prompts,
+            micro_batch=config.rollout.micro_prompts,
+        )
+        self.held_out = self._held_out(held_out) if held_out else None
+        # A module of what learns alone: checkpoints need not walk the frozen network and its buffers.
+        self.learned = torch.nn.ParameterDict(
+            {name.replace(".", "/"): parameter for name, parameter in self.policy.learned.items()}
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.learned.values(),
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        self.averaged = checkpoints.Averaged(self.learned, self.settings.ema)
+        self.curve: list[tuple[int, float]] = []
+
+    def _load_drm(self, path: str) -> DRM:
+        half = self.config.model.precision == "bf16"
+        drm = load_drm(path, self.device, torch.bfloat16 if half else torch.float32)
+        return drm.requires_grad_(False)
+
+    def _held_out(self, prompts: list[str]) -> HeldOut:
+        settings, vae = self.config.evaluate, self.config.model.vae
+        others = {name: self._load_drm(path) for name, path in settings.drms.items()}
+        for name, drm in others.items():
+            check_fit(self.policy, drm, self.cache, f"evaluate.drms.{name}")
+        return HeldOut(
+            settings,
+            self.config.rollout,
+            prompts,
+            self.cache,
+            drm=self.drm,
+            others=others,
+            rivals={name: load_rival(spec, str(self.device)) for name, spec in settings.rivals.items()},
+            decode=load_decoder(vae, self.device) if vae else None,
+            device=self.device,
+        )
+
+    def run(self) -> None:
+        """From the last checkpoint, or the start, to the exported LoRA."""
+        start = self._resume()
+        self.accelerator.init_trackers("step_grpo", config={"hash": self.config.hash()})
+        done = self._train(start)
+        self._export(RESULT, done)
+        self.accelerator.end_training()
+
+    def _resume(self) -> int:
+        self.out.mkdir(parents=True, exist_ok=True)
+        folder, step = checkpoints.latest(self.out), -1
+        if folder is not None:
+            facts = checkpoints.restore(folder, self.learned, self.optimizer, self.averaged)
+            if facts["run"] != self._identity():
+                differs = first_difference(facts["run"], self._identity())
+                raise TrainingError(
+                    f"{self.out} holds a run of another configuration ({differs} differs): give train.out"
+                    " another folder, or delete that one to start anew"
+                )
+            step = facts["step"]
+        if self.main:
+            cut_log(self.out / "log.jsonl", max(step, 0))
+            cut_log(self.out / "evaluation.jsonl", step + 1)
+            if step >= 0:
+                print(f"going on from iteration {step} of {self.settings.iterations}", file=sys.stderr)
+        self.accelerator.wait_for_everyone()
+        if step >= 0 and (self.out / "evaluation.jsonl").is_file():
+            rows = [json.loads(line) for line in (self.out / "evaluation.jsonl").read_text().splitlines()]
+            self.curve = [(row["step"], row["held_out"]) for row in rows]
+        return max(step, 0)
+
+    def _identity(self) -> dict:
+        digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
+        return {**self.config.identity(), "prompts": digest}
+
+    def _train(self, start: int) -> int:
+        """Iterations until all are done, or the held-out score is out of patience; how many were done."""
+        if start == 0:
+            self._look(0)
+        bar = tqdm(
+            range(start, self.settings.iterations),
+            initial=start,
+            total=self.settings.iterations,
+            desc=self.config.grpo.method,
+            disable=not self.main,
+            dynamic_ncols=True,
+        )
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(open(self.out / "log.jsonl", "a")) if self.main else None
+            for iteration in bar:
+                if self._out_of_patience():
+                    bar.write(f"the held-out score has not risen since iteration {self._best()[0]}: stopping")
+                    return iteration
+                row = self._iterate(iteration)
+                if log:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    bar.set_postfix(reward=f"{row['rewards/mean']:.4f}", kl=f"{row['kl']:.2e}")
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=iteration)
+                done = iteration + 1
+                self._look(done)
+                if done % self.settings.save_every == 0 or done == self.settings.iterations:
+                    self._save(done)
+        return self.settings.iterations
+
+    def prompt_of(self, iteration: int, slot: int) -> str:
+        """Every prompt once an epoch, in an order of its own in each."""
+        epoch, place = divmod(iteration * self.config.rollout.prompts + slot, len(self.prompts))
+        order = torch.randperm(len(self.prompts), generator=generator(self.settings.seed, ORDER, epoch))
+        return self.prompts[int(order[place])]
+
+    def _iterate(self, iteration: int) -> dict:
+        begun, tally = time.perf_counter(), Tally()
+        for micro in range(self.share.micro_steps):
+            slots = [slot for slot in self.share.slots_of(micro) if slot < self.share.global_batch]
+            if slots:
+                self._roll_out(iteration, slots, tally)
+        self._add_up_gradients()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.learned.values(), self.settings.clip))
+        figures = tally.summary(self.accelerator)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
+            raise TrainingError(
+                f"the loss at iteration {iteration} is {figures['loss']}, the gradient's norm {norm}: no"
+                " weight was changed; lower train.learning_rate, or set model.precision to 'no'"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if (iteration + 1) % self.settings.ema_every == 0:
+            self.averaged.update(iteration // self.settings.ema_every)
+        seconds = round(time.perf_counter() - begun, 3)
+        return {"step": iteration, **figures, "grad_norm": norm, "seconds": seconds}
+
+    def _roll_out(self, iteration: int, slots: list[int], tally: Tally) -> None:
+        """One micro-batch: drawn, scored and learned from."""
+        settings, seed = self.config.grpo, self.settings.seed
+        each = settings.num_branches if settings.method == "grpo" else 1
+        items = [slot * each + branch for slot in slots for branch in range(each)]
+        side = self.config.rollout.resolution // 8
+        shape = (self.policy.transformer.config.in_channels, side, side)
+        noise = torch.stack(
+            [torch.randn(shape, generator=generator(seed, START, iteration, item)) for item in items]
+        )
+        prompt = tuple(
+            part.to(self.device).repeat_interleave(each, 0)
+            for part in self.cache.embeds([self.prompt_of(iteration, slot) for slot in slots])
+        )
+        share = len(slots) / self.share.global_batch
+
+        def policy(x: Tensor, sigma: float) -> Tensor:
+            return self.policy.guided(x, sigma, prompt, self.empty, self.config.rollout.cfg)
+
+        def reference(x: Tensor, sigma: float) -> Tensor:
+            with self.policy.reference():
+                return policy(x, sigma)
+
+        def score(latents: Tensor, sigma: float, rows: Tensor) -> Tensor:
+            return self.drm.score(latents, sigma, prompt[0][rows], prompt[1][rows])
+
+        def backward(loss: Tensor) -> None:
+            (share * loss).backward()
+            tally.sums["loss"] += share * loss.item()
+
+        roll_out: Callable[..., grpo.Figures] = grpo.grpo if settings.method == "grpo" else grpo.step_grpo
+        try:
+            figures = roll_out(
+                policy,
+                score,
+                noise.to(self.device),
+                self.sigmas,
+                settings,
+                seed=int(torch.randint(2**62, (), generator=generator(seed, BRANCHES, iteration))),
+                items=items,
+                backward=backward,
+                reference=reference,
+            )
+        except ValueError as error:
+            raise TrainingError(f"iteration {iteration}: {error}") from error
+        tally.add(figures, len(items))
+
+    def _add_up_gradients(self) -> None:
+        parameters = list(self.learned.values())
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        flat = self.accelerator.reduce(flat, "sum")
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def _look(self, done: int) -> None:
+        """Evaluation and pictures, where they are due."""
+        if self.held_out is None:
+            return
+        last = done == self.settings.iterations
+        every, pictures = self.settings.evaluate_every, self.settings.pictures_every
+        self.averaged.swap()
+        try:
+            if every and (done % every == 0 or last):
+                self._evaluate(done)
+            if pictures and (done % pictures == 0 or last):
+                self._pictures(done)
+        finally:
+            self.averaged.swap()
+
+    def _spread(self, count: int, work: Callable[[list[int]], Tensor]) -> Tensor:
+        """work(numbers) -> (len(numbers), ...) for 0 .. count - 1, each process its part; all get all."""
+        each = math.ceil(count / self.share.world)
+        mine = [min(i * self.share.world + self.share.rank, count - 1) for i in range(each)]
+        size = max(1, self.config.evaluate.batch // self.config.evaluate.seeds)
+        parts = [work(mine[i : i + size]) for i in range(0, each, size)]
+        found = self.accelerator.gather(torch.cat(parts))
+        return found.unflatten(0, (self.share.world, each)).transpose(0, 1).flatten(0, 1)[:count]
+
+    @torch.no_grad()
+    def _evaluate(self, done: int) -> None:
+        held_out = self.held_out
+        table = self._spread(len(held_out.prompts), lambda numbers: held_out.table(self.policy, numbers))
+        row = dict(zip(held_out.names, table.mean(0).tolist(), strict=True))
+        row = {"step": done, "prompts": len(table), **row}
+        if not math.isfinite(row["held_out"]):
+            raise TrainingError(f"the held-out score after {done} iterations is {row['held_out']}")
+        best = self._best()
+        self.curve.append((done, row["held_out"]))
+        if best is None or row["held_out"] > best[1]:
+            self._write(BEST, done)
+        if self.main:
+            with open(self.out / "evaluation.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.accelerator.log({f"held_out/{k}": v for k, v in row.items() if k != "step"}, step=done)
+
+    def _pictures(self, done: int) -> None:
+        # One process draws, the others wait at the next gradient: it is a handful of pictures.
+        if not self.main:
+            return
+        numbers = range(min(self.config.evaluate.pictures, len(self.held_out.prompts)))
+        sheet = grid([self.held_out.pictures(self.policy, [number])[0] for number in numbers])
+        (self.out / "pictures").mkdir(exist_ok=True)
+        sheet.save(self.out / "pictures" / f"{done:08d}.png")
+
+    def _best(self) -> tuple[int, float] | None:
+        return max(self.curve, key=lambda point: point[1], default=None)
+
+    def _out_of_patience(self) -> bool:
+        if self.settings.patience is None or not self.curve:
+            return False
+        since = [step for step, _ in self.curve if step > self._best()[0]]
+        return len(since) >= self.settings.patience
+
+    def _save(self, step: int) -> None:
+        gathered = checkpoints.gather(self.learned, self.optimizer, self.averaged)
+        if self.main:
+            facts = {"run": self._identity(), "config": self.config.hash()}
+            checkpoints.write(self.out, step, gathered, facts, self.settings.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, name: str, done: int) -> None:
+        self.averaged.swap()
+        self._write(name, done)
+        self.averaged.swap()
+        if self.main:
+            print(f"LoRA -> {self.out / name}", file=sys.stderr)
+
+    def _write(self, name: str, done: int) -> None:
+        """The LoRA as it stands, and where it comes from in the header."""
+        if not self.main:
+            return
+        try:
+            save_lora(self.policy.tensors(), self.out / name, self._facts(done))
+        except (OSError, SafetensorError) as error:
+            why = "the disk is full" if checkpoints.is_disk_full(error) else str(error)
+            raise TrainingError(
+                f"cannot write {self.out / name} ({why}): make room and start the same command again"
+            ) from error
+
+    def _facts(self, done: int) -> dict:
+        config = json.loads(json.dumps(self.config.identity()))
+        return {
+            "name": self.config.name,
+            "license": self.config.licence,
+            "method": self.config.grpo.method,
+            "iterations": done,
+            "seed": self.settings.seed,
+            "ema": self.settings.ema,
+            "rank": self.config.model.lora_rank,
+            "base": self._hashes[0],
+            "reward": self._hashes[1],
+            "config": {key: config[key] for key in ("grpo", "rollout", "train", "evaluate")},
+            "config_sha256": self.config.hash(),
+            "curve": [list(point) for point in self.curve],
+        }
+
+    @functools.cached_property
+    def _hashes(self) -> tuple[dict, dict]:
+        return tuple(_hash(Path(path)) for path in (self.config.model.base, self.config.model.drm))
+
+
+def _hash(path: Path) -> dict:
+    """Name and sha256 of a file, or of a folder's weights."""
+    if path.is_file():
+        return {"name": path.name, "sha256": file_sha256(path)}
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    parts = [file_sha256(part) for part in sorted(folder.glob("*.safetensors"))]
+    return {"name": path.resolve().name, "sha256": hashlib.sha256("".join(parts).encode()).hexdigest()}
+
+
+def embeddings(config: PromptsConfig, prompts: list[str], accelerator: Accelerator) -> PromptCache:
+    """The cache with all these prompts in it; made here, by all processes, when it lacks one and there are
+    encoders to make it with.
+    """
+    folder = Path(config.encoded)
+    cache = PromptCache(folder) if (folder / "meta.json").is_file() or not config.encoders else None
+    missing = cache.missing(prompts) if cache else prompts
+    if missing and not config.encoders:
+        raise PromptError(
+            f"{folder} has no embedding of {missing[0]!r} and {len(missing) - 1} more: make them with"
+            " `python -m training.prompts`, or name data.encoders"
+        )
+    accelerator.wait_for_everyone()  # nobody may look for what another already writes
+    if missing:
+        encode, facts = sd3_encode(config.encoders, config.t5_length, accelerator.device)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        write_prompts(folder, prompts, encode, rank=rank, world=world)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish(folder, prompts, facts)
+        accelerator.wait_for_everyone()
+        cache = PromptCache(folder)
+    return cache
+
+
+def check_fit(policy: Policy, drm: DRM, cache: PromptCache, name: str) -> None:
+    """TrainingError when reward model, base and embeddings are not of one family."""
+    config = policy.transformer.config
+    embeds, pooled = (part.shape[-1] for part in cache.embeds([""]))
+    found = {
+        "latent channels": (config.in_channels, drm.in_channels),
+        "text width": (config.joint_attention_dim, drm.prompt_dim),
+        "pooled text width": (config.pooled_projection_dim, drm.pooled_dim),
+    }
+    for what, (base, reward) in found.items():
+        if base != reward:
+            raise TrainingError(
+                f"the base has {base} {what}, {name} takes {reward}: they are not of one latent space; take a"
+                " reward model of the base's family"
+            )
+    if (embeds, pooled) != (config.joint_attention_dim, config.pooled_projection_dim):
+        raise TrainingError(
+            f"the embedded prompts are {embeds} wide and pooled {pooled}, the base takes"
+            f" {config.joint_attention_dim} and {config.pooled_projection_dim}: encode them with its encoders"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see training/configs")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
+    args = parser.parse_args(arguments)
+    try:
+        Trainer(read_step_grpo(args.config, args.settings)).run()
+    except ERRORS as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = (
+            "the GPU is out of memory: lower rollout.micro_prompts or evaluate.batch, or set"
+            " model.gradient_checkpointing to true; the same command goes on from the last checkpoint"
+        )
+    except OSError as error:
+        message = f"{error}; the last checkpoint is whole"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # The other processes may wait for this one: leave at once, the launcher ends them.
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
