@@ -41,6 +41,14 @@ from training.config import ConfigError, DRMConfig, TrainConfig, read_config
 from training.runs import TrainingError, cut_log, first_difference, trackers
 from training.shards import EncodedPairs, ShardError
 
+ERRORS = (
+    ConfigError,
+    ShardError,
+    BaseError,
+    DRMFileError,
+    TrainingError,
+    checkpoints.CheckpointError,
+)
 SIGMA_PARTS = 4
 CALIBRATION_BINS = 10
 RESULT = "reward.safetensors"
@@ -452,17 +460,22 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         Trainer(read_config(args.config, DRMConfig, args.settings)).run()
-    except (
-        ConfigError,
-        ShardError,
-        BaseError,
-        DRMFileError,
-        TrainingError,
-        checkpoints.CheckpointError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # The other processes may wait for this one: leave at once, the launcher ends them.
-        os._exit(1)
+    except ERRORS as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = (
+            "the GPU is out of memory: lower train.micro_batch, set model.gradient_checkpointing to true or"
+            " model.train to lora; the same command goes on from the last checkpoint"
+        )
+    except OSError as error:
+        message = f"{error}; the last checkpoint is whole"
+    except KeyboardInterrupt:
+        message = "stopped: the same command goes on from the last checkpoint"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # The other processes may wait for this one: leave at once, the launcher ends them.
+    os._exit(1)
 
 
 if __name__ == "__main__":
