@@ -154,24 +154,32 @@ class Adapters(nn.Module):
             up.copy_(tensors[f"{PREFIX}{target.name}.lora_B.weight"] / self.scale)
 
 
-def save_lora(tensors: Mapping[str, Tensor], path: str | os.PathLike, facts: Mapping) -> None:
-    """Writes PEFT-named tensors to path (.safetensors), atomically. facts: JSON-able, under "drm" in the
-    header.
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """A safetensors file that is there whole or not at all: a process killed on the way leaves the one
+    before.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise LoRAFileError(f"{path.name}: LoRAs are saved as .safetensors, choose such a name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    header = {"format": "pt", "kind": FORMAT, "drm": json.dumps(facts, allow_nan=False)}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
         temporary.chmod(0o644)  # safetensors writes files for their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_lora(tensors: Mapping[str, Tensor], path: str | os.PathLike, facts: Mapping) -> None:
+    """Writes PEFT-named tensors to path (.safetensors), atomically. facts: JSON-able, under "drm" in the
+    header.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise LoRAFileError(f"{path.name}: LoRAs are saved as .safetensors, choose such a name")
+    header = {"format": "pt", "kind": FORMAT, "drm": json.dumps(facts, allow_nan=False)}
+    save_tensors(tensors, path, header)
 
 
 def load_lora(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

@@ -8,10 +8,11 @@ from .loader import DRMLoader
 from .plot import DRMTracePlot
 from .sampler import StepwiseKSampler, StepwiseSampler
 from .score import DRMScoreLatent
+from .trainer import StepGRPOLoRATrainer
 
 
 class DRMExtension(ComfyExtension):
-    """The six nodes, the model folders they read and the hook that brings traces into saved pictures."""
+    """The seven nodes, the model folders they read and the hook that brings traces into saved pictures."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Not in on_load, which ComfyUI 0.3.75 never calls; the nodes need the folders when asked for inputs.
@@ -24,4 +25,5 @@ class DRMExtension(ComfyExtension):
             StepwiseSampler,
             DRMTracePlot,
             DRMDemoCLIPLoader,
+            StepGRPOLoRATrainer,
         ]

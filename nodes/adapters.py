@@ -177,7 +177,7 @@ class Scorer:
             pairs = zip(candidates.split(size), item_index.split(size), strict=True)
             return torch.cat([self._score(x, sigma, items) for x, items in pairs])
         except Exception as error:
-            if size == 1 or not _is_out_of_memory(error):
+            if size == 1 or not is_out_of_memory(error):
                 raise
         mm.soft_empty_cache()
         self.largest = (size + 1) // 2
@@ -194,8 +194,11 @@ class Scorer:
         return scores.to(candidates.device)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the memory of a CPU, was too small."""
     is_oom = getattr(mm, "is_oom", None)
+    if "can't allocate memory" in str(error):
+        return True
     return is_oom(error) if is_oom is not None else isinstance(error, mm.OOM_EXCEPTION)
 
 
@@ -218,6 +221,17 @@ def check_drm_fits(drm: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompt
                 " Loader,"
                 " or load the text encoder that belongs to the model"
             )
+
+
+def attention_network(model: comfy.model_patcher.ModelPatcher) -> torch.nn.Module:
+    """The network of a MODEL, whose attention a LoRA is trained on."""
+    return model.model.diffusion_model
+
+
+def encode_prompt(clip: object, text: str) -> list:
+    """The CONDITIONING that stock CLIP Text Encode makes of a text, in tensors that autograd may keep."""
+    with torch.inference_mode(False), torch.no_grad():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 def check_policy(model: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, samples: Tensor) -> None:

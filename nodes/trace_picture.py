@@ -90,7 +90,7 @@ def _title(trace: "Trace", item: int, relative: bool) -> str:
     )
 
 
-def _ticks(low: float, high: float, wanted: int = 6) -> list[float]:
+def round_ticks(low: float, high: float, wanted: int = 6) -> list[float]:
     """Round numbers within [low, high]."""
     raw = (high - low) / wanted
     power = 10 ** math.floor(math.log10(raw))
@@ -101,7 +101,7 @@ def _ticks(low: float, high: float, wanted: int = 6) -> list[float]:
 def _draw_grid(
     draw: ImageDraw.ImageDraw, axes: Axes, trace: "Trace", unit: float, font: ImageFont.FreeTypeFont
 ) -> None:
-    for value in _ticks(axes.low, axes.high):
+    for value in round_ticks(axes.low, axes.high):
         y = axes.y(value)
         draw.line([(axes.left, y), (axes.right, y)], GRID, width=round(unit))
         draw.text((axes.left - 8 * unit, y), f"{value:.4g}", INK, font=font, anchor="rm")

@@ -1,0 +1,164 @@
+"""What Step-GRPO LoRA Trainer is given, checked before anything is loaded."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import folder_paths
+
+from .adapters import check_choice
+
+if TYPE_CHECKING:
+    from ..drm.grpo import GRPOSettings
+
+METHODS = ["step-grpo", "grpo"]
+LARGEST_FILE = 4 << 20
+# Every 4th prompt is kept aside, where there are enough of them.
+KEPT_ASIDE, FEWEST_TO_KEEP = 4, 4
+PICTURES = 8
+
+
+def read_prompts(text: str) -> list[str]:
+    """One prompt a line, equal ones once; one line that ends in .txt names a file of the input folder."""
+    lines = text.strip().splitlines()
+    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
+        lines = _read_file(lines[0].strip()).splitlines()
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise ValueError(
+            "there are no prompts: write one a line, or the name of a text file (.txt) that lies in ComfyUI's"
+            " input folder"
+        )
+    return prompts
+
+
+def _read_file(name: str) -> str:
+    folder = Path(folder_paths.get_input_directory()).resolve()
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder):
+        raise ValueError(f"prompts: '{name}' lies outside ComfyUI's input folder; put the file into {folder}")
+    if not path.is_file():
+        raise ValueError(
+            f"prompts: there is no file '{name}' in ComfyUI's input folder; put it into {folder}"
+        )
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"prompts: '{name}' has {path.stat().st_size} bytes, wanted at most {LARGEST_FILE}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: '{name}' is no UTF-8 text ({error}); save it as UTF-8") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The node's inputs; names as there. ValueError for what linked values bring past the widgets' limits."""
+
+    prompts: tuple[str, ...]
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    num_branches: int
+    prompts_per_iteration: int
+    iterations: int
+    learning_rate: float
+    rank: int
+    alpha: float
+    kl_weight: float
+    noise_level: float
+    seed: int
+    method: str
+    save_every: int
+    preview_every: int
+    ema_decay: float
+    name: str
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        wrong = [
+            (self.iterations < 1, "iterations", "at least 1"),
+            (self.steps < 2, "steps", "at least 2, the last one has no noise to learn from"),
+            (self.prompts_per_iteration < 1, "prompts_per_iteration", "at least 1"),
+            (not self.learning_rate > 0, "learning_rate", "above 0 (0.0001 is usual)"),
+            (self.rank < 1, "rank", "at least 1 (32 is usual)"),
+            (not self.alpha > 0, "alpha", "above 0 (twice the rank is usual)"),
+            (self.width < 16 or self.width % 16, "width", "a multiple of 16"),
+            (self.height < 16 or self.height % 16, "height", "a multiple of 16"),
+            (self.save_every < 1, "save_every", "at least 1"),
+            (self.preview_every < 1, "preview_every", "at least 1"),
+            (not 0 <= self.ema_decay < 1, "ema_decay", "from 0 (off) to below 1"),
+            (not re.search(r"[^\s/\\.]", self.name), "name", "a name for the LoRA file"),
+            ((self.iterations * self.per_iteration) >> 32, "iterations", "fewer"),
+        ]
+        for is_wrong, field, wanted in wrong:
+            if is_wrong:
+                raise ValueError(f"{field} is {getattr(self, field)!r}: wanted {wanted}")
+        _ = self.settings  # refuses what it cannot train with
+
+    @property
+    def settings(self) -> "GRPOSettings":
+        from ..drm.grpo import GRPOSettings
+
+        return GRPOSettings(
+            method=self.method,
+            num_branches=self.num_branches,
+            noise_level=self.noise_level,
+            kl_weight=self.kl_weight,
+        )
+
+    @property
+    def group(self) -> int:
+        """Latents of one prompt that pass the network together."""
+        return self.num_branches if self.method == "grpo" else 1
+
+    @property
+    def per_iteration(self) -> int:
+        return self.prompts_per_iteration * self.group
+
+    @property
+    def held_out(self) -> list[int]:
+        """Numbers of the prompts kept aside; all of them, to be drawn from other seeds, when they are few."""
+        count = len(self.prompts)
+        if count < FEWEST_TO_KEEP:
+            return list(range(count))
+        return list(range(0, count, KEPT_ASIDE))[: PICTURES // 2]
+
+    @property
+    def learned(self) -> list[int]:
+        """Numbers of the prompts that are trained on."""
+        count = len(self.prompts)
+        if count < FEWEST_TO_KEEP:
+            return list(range(count))
+        return [number for number in range(count) if number not in self.held_out]
+
+
+def lora_path(name: str) -> Path:
+    """Where a LoRA of this name is saved, without its ending: never outside loras/ of the output folder."""
+    output = folder_paths.get_output_directory()
+    try:
+        folder, filename, *_ = folder_paths.get_save_image_path(os.path.join("loras", name.strip()), output)
+        inside = Path(folder).resolve().is_relative_to((Path(output) / "loras").resolve())
+    except OSError as error:
+        raise ValueError(
+            f"the output folder {output} cannot be written to ({error}): give the server one it may"
+        ) from error
+    except Exception as error:  # ComfyUI refuses with a plain Exception
+        raise ValueError(_outside(name)) from error
+    if not inside:
+        raise ValueError(_outside(name))
+    probe = Path(folder) / f".{filename}.{os.getpid()}.tmp"
+    try:
+        probe.touch()
+    except OSError as error:
+        raise ValueError(
+            f"the folder {folder} cannot be written to ({error}): give the server one it may"
+        ) from error
+    finally:
+        probe.unlink(missing_ok=True)
+    return Path(folder) / filename
+
+
+def _outside(name: str) -> str:
+    return f"name is '{name}': it leaves loras/ of ComfyUI's output folder; give a plain name"

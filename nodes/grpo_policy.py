@@ -1,0 +1,216 @@
+"""ComfyUI's own sampling as the policy of drm.grpo, with gradients.
+
+    denoised = guider(x, sigma)          CFG, patches and wrappers of the MODEL apply, as in any sampling
+    velocity = (x - denoised) / sigma
+
+A guider is run on a sampler that samples nothing: inside it the MODEL and the DRMs are in memory together and
+the function given may call the network as it likes. The unconditional branch of CFG leaves no graph.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CALCULATE = "sampler_calc_cond_batch_function"
+ATTENTION = "optimized_attention_override"
+
+
+class Policy:
+    """The network with its prompts, for as long as the sampling lasts. `smaller()` makes it spare memory."""
+
+    def __init__(self, guider: comfy.samplers.CFGGuider, extra_args: dict, network: nn.Module) -> None:
+        self.guider, self.extra_args, self.network = guider, extra_args, network
+        self.device = guider.model_patcher.load_device
+        self.largest: int | None = None
+        self.recompute = False
+
+    def of(self, prompt: int) -> Callable[[Tensor, float], Tensor]:
+        """(x (B, C, H, W), sigma) -> velocity (B, C, H, W) for one prompt."""
+        return lambda x, sigma: self.velocity(prompt, x, sigma)
+
+    def velocity(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
+        parts = x.split(self.largest or len(x))
+        call = self._recomputed if self.recompute else self._velocity
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([call(prompt, part, sigma) for part in parts])
+        return torch.cat([checkpoint(call, prompt, part, sigma, use_reentrant=False) for part in parts])
+
+    def _recomputed(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
+        with recomputed_blocks(self.network):
+            return self._velocity(prompt, x, sigma)
+
+    def _velocity(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        self.guider.conds["positive"] = self.guider.conds[_key(prompt)]
+        denoised = self.guider(x, sigma * x.new_ones(len(x)), **self.extra_args)
+        return (x - denoised) / sigma
+
+    def smaller(self, batch: int) -> str | None:
+        """Takes less memory from now on, at the cost of time; what it does, or None when nothing is left."""
+        at_once = min(self.largest or batch, batch)
+        if at_once > 1:
+            self.largest = (at_once + 1) // 2
+            return f"{self.largest} pictures at once"
+        if not self.recompute:
+            self.recompute = True
+            return "every block computed again for its gradient"
+        return None
+
+
+class _Inside(comfy.samplers.Sampler):
+    """Calls a function where a sampler would sample."""
+
+    def __init__(self, run: Callable[[Policy], Any], network: nn.Module) -> None:
+        self.run, self.network, self.result = run, network, None
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ):
+        thaw(self.network)
+        options = extra_args["model_options"]
+        options[CALCULATE] = without_unconditional_graph(options.get(CALCULATE))
+        # Some attention kernels have no backward pass; torch's own always has.
+        options.setdefault("transformer_options", {})[ATTENTION] = _torch_attention
+        self.result = self.run(Policy(model_wrap, extra_args, self.network))
+        return noise
+
+
+def _torch_attention(function: Callable, *args, **kwargs) -> Tensor:
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _key(prompt: int) -> str:
+    return f"prompt {prompt}"
+
+
+def within_sampling(
+    run: Callable[[Policy], Any],
+    model: comfy.model_patcher.ModelPatcher,
+    drms: list[comfy.model_patcher.ModelPatcher],
+    network: nn.Module,
+    *,
+    prompts: Mapping[int, list],
+    negative: list,
+    cfg: float,
+    latents: Tensor,
+    seed: int,
+) -> Any:
+    """run(policy)'s result; policy knows the CONDITIONINGs of `prompts` by their number.
+
+    latents: zeros of the shape that is sampled. What the MODEL carries (LoRA, patches, wrappers) applies; it
+    is left as it came.
+    """
+    both = model.clone()
+    both.set_additional_models("drm", drms)
+    sampler = _Inside(run, network)
+    with torch.inference_mode(False), torch.enable_grad():
+        mm.load_models_gpu([both, *drms], force_full_load=True)
+        guider = comfy.samplers.CFGGuider(both)
+        conditions = {_key(number): condition for number, condition in prompts.items()}
+        guider.inner_set_conds({"positive": next(iter(prompts.values())), "negative": negative, **conditions})
+        guider.set_cfg(cfg)
+        sigmas = torch.tensor([1.0, 0.0])
+        guider.sample(torch.zeros_like(latents), latents, sampler, sigmas, disable_pbar=True, seed=seed)
+    return sampler.result
+
+
+def without_unconditional_graph(existing: Callable | None) -> Callable:
+    """A sampler_calc_cond_batch_function that keeps a graph for the conditional branch alone; around the
+    MODEL's own, if it has one.
+    """
+    if existing is not None:
+
+        def detached(args: dict) -> list[Tensor]:
+            cond, *others = existing(args)
+            return [cond, *(other.detach() for other in others)]
+
+        return detached
+
+    def calculate(args: dict) -> list[Tensor]:
+        model, (positive, negative) = args["model"], args["conds"]
+        rest = args["input"], args["sigma"], args["model_options"]
+        cond, nothing = comfy.samplers.calc_cond_batch(model, [positive, None], *rest)
+        if negative is None:
+            return [cond, nothing]
+        with torch.no_grad():
+            return [cond, comfy.samplers.calc_cond_batch(model, [None, negative], *rest)[1]]
+
+    return calculate
+
+
+def thaw(network: nn.Module) -> None:
+    """Freezes the base weights, and makes them such that autograd may keep them.
+
+    Weights loaded while a prompt runs are inference tensors, which autograd refuses to save. Each is replaced
+    by an equal ordinary tensor, one at a time, so that memory grows by the largest of them only.
+    """
+    holders: dict[int, list[tuple[dict, str]]] = {}
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_inference():
+                    holders.setdefault(id(tensor), []).append((table, name))
+    for places in holders.values():
+        table, name = places[0]
+        fresh = table[name].detach().clone()
+        if isinstance(table[name], nn.Parameter):
+            fresh = nn.Parameter(fresh, requires_grad=False)
+        for table, name in places:
+            table[name] = fresh
+    network.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def recomputed_blocks(network: nn.Module) -> Iterator[None]:
+    """Within it, a forward pass of the network keeps no graph inside its blocks but computes them again in
+    backward.
+    """
+    changed = []
+    try:
+        for block in network.joint_blocks:
+
+            def forward(*args, original=block.forward, **kwargs):
+                if not torch.is_grad_enabled():
+                    return original(*args, **kwargs)
+                return checkpoint(original, *args, use_reentrant=False, **kwargs)
+
+            block.forward = forward
+            changed.append(block)
+        yield
+    finally:
+        for block in changed:
+            del block.forward
+
+
+def graph_bytes(function: Callable[[], Tensor], network: nn.Module) -> int:
+    """Memory that autograd holds for the result of a function, the network's own weights aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    held = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    total = sum(held.values())
+    del result
+    return total

@@ -1,0 +1,111 @@
+"""What is checked before Step-GRPO's first update: a failed check stops with its figure and what to change.
+
+ratio     exp(log p_new - log p_old) of a step walked twice is exactly 1
+variance  the stochastic path's std over the ODE's, drm.grpo.std_against_ode
+memory    what autograd will hold, measured on a smaller picture, against what is free
+spread    rewards of siblings differ, and a gradient reaches the LoRA
+"""
+
+from collections.abc import Callable
+
+import comfy.model_management as mm
+import torch
+from torch import Tensor
+
+from .grpo_inputs import Training
+from .grpo_policy import Policy, graph_bytes
+
+LEAST_STD, MOST_STD = 0.7, 1.5
+GB = 1 << 30
+# Gradient and Adam's two moments of a float32 matrix.
+BYTES_A_VALUE = 12
+
+
+def check_variance(sigmas: Tensor, training: Training) -> str:
+    from ..drm.grpo import std_against_ode
+
+    settings = training.settings
+    ratio = std_against_ode(sigmas.cpu(), settings.noise_level, settings.kind)[-1]
+    if not LEAST_STD <= ratio <= MOST_STD:
+        raise ValueError(
+            f"the stochastic path ends with {ratio:.2f} times the ODE's std, wanted {LEAST_STD} to"
+            f" {MOST_STD}: its pictures would be noisier than those you draw later; lower noise_level or"
+            " take more steps"
+        )
+    return f"std of the stochastic path over the ODE's: {ratio:.3f}"
+
+
+def check_ratio(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Tensor, training) -> str:
+    """Walks the first step twice, without and with gradients."""
+    from ..drm.branching import branch_candidates
+    from ..drm.sde import transition, transition_log_prob
+
+    settings, sigma = training.settings, float(sigmas[0])
+    step = sigmas[0], sigmas[1], settings.noise_level, settings.kind, sigmas[1]
+    with torch.no_grad():
+        mean, std = transition(noise, velocity(noise, sigma), *step)
+        candidates = branch_candidates(mean, std, training.seed, 0, [0] * len(noise), range(2))
+        old = transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+    mean, std = transition(noise, velocity(noise, sigma).detach(), *step)
+    new = transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+    error = (torch.exp(new - old) - 1).abs().max().item()
+    if error != 0:
+        raise ValueError(
+            f"the same step walked twice differs: the probability ratio is off 1 by {error:.2e}, wanted 0;"
+            " the MODEL gives different output with and without gradients, take patches and accelerators"
+            " off it"
+        )
+    return "probability ratio before the first update: exactly 1"
+
+
+def check_memory(
+    policy: Policy, prompt: int, noise: Tensor, text_length: int, values: int, training: Training
+) -> str:
+    """Forecasts memory, and has the policy spare some where that is enough. values: numbers in the LoRA."""
+    free = mm.get_free_memory(policy.device)
+    fixed = BYTES_A_VALUE * values + policy.guider.inner_model.memory_required(
+        [training.group, *noise.shape[1:]]
+    )
+    needed = fixed + _graph(policy, prompt, noise, text_length) * training.group
+    first = needed
+    while needed > free and policy.smaller(training.group):
+        needed = fixed + _graph(policy, prompt, noise, text_length) * (policy.largest or training.group)
+    if needed > free:
+        raise ValueError(
+            f"training needs about {first / GB:.1f} GB beside the models, {needed / GB:.1f} GB with"
+            f" everything spared, and {free / GB:.1f} GB are free: choose a smaller width and height or a"
+            " smaller rank, or close other programs"
+        )
+    spared = "" if needed == first else f" (sparing memory, {first / GB:.2f} GB without)"
+    return f"memory: about {needed / GB:.2f} GB beside the models{spared}, {free / GB:.1f} GB free"
+
+
+def _graph(policy: Policy, prompt: int, noise: Tensor, text_length: int) -> float:
+    """Bytes of one picture's graph, from a picture of a quarter of its size."""
+    height, width = (max(2, length // 4 * 2) for length in noise.shape[-2:])
+    small = noise[:1, :, :height, :width].contiguous()
+    measured = graph_bytes(lambda: policy.velocity(prompt, small, 1.0), policy.network)
+    tokens, small_tokens = (x.shape[-2] * x.shape[-1] / 4 + text_length for x in (noise, small))
+    if policy.recompute:  # what one block holds while it is computed again
+        policy.recompute = False
+        whole = graph_bytes(lambda: policy.velocity(prompt, small, 1.0), policy.network)
+        policy.recompute = True
+        measured += whole / len(policy.network.joint_blocks)
+    return measured * tokens / small_tokens
+
+
+def check_learning(summary: dict[str, float], gradients: list[Tensor | None], training: Training) -> str:
+    """summary: of a roll-out that left these gradients."""
+    settings, spread = training.settings, summary["spread"]
+    if summary["gated"] == 1:
+        raise ValueError(
+            f"the rewards of siblings differ by {spread:.2g} (std), wanted at least {settings.min_std:.2g}:"
+            " nothing can be learned from them; raise noise_level or num_branches, or choose another DRM"
+        )
+    norm = sum(float(gradient.norm()) for gradient in gradients if gradient is not None)
+    if not norm > 0 or norm == float("inf"):
+        raise ValueError(
+            f"the gradient that reaches the LoRA is {norm}: something on the MODEL hides or breaks its"
+            " attention layers (a compiled or replaced block); take it off"
+        )
+    return f"reward {summary['rewards/mean']:+.3f}, spread among siblings {spread:.3f} (std)"

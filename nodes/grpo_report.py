@@ -1,0 +1,78 @@
+"""What a Step-GRPO run says and shows: on the node while it works, and at its end."""
+
+import logging
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import adapters, grpo_picture
+from .grpo_run import Pictures, Run
+from .score import show_on_node
+
+
+def show(run: Run, line: str, vae: object | None) -> None:
+    """The line, the curve and the latest pictures, on the node while it works."""
+    show_on_node(line)
+    if run.latest is None:
+        return
+    pictures = pictures_of(run.latest, vae)[:4]
+    curve = grpo_picture.draw_curve(run.state.progress.rewards, run.held_out, run.training.iterations)
+    sheet = grpo_picture.beside(curve, grpo_picture.grid([(line.split(",")[0], pictures)]))
+    run.show_picture(("JPEG", sheet, None))
+
+
+def pictures_of(pictures: Pictures, vae: object | None) -> list[Image.Image]:
+    return grpo_picture.to_pictures(torch.cat(pictures.latents), adapters.LATENT_FORMAT, vae)
+
+
+def before_and_after(run: Run, vae: object | None) -> Tensor:
+    """The grid as an IMAGE (1, H, W, 3): the prompts kept aside, from equal noise."""
+    before, after = (pictures_of(found, vae) for found in (run.before, run.best))
+    return grpo_picture.to_image(grpo_picture.grid([("before", before), ("after", after)]))
+
+
+def loss_map(rewards: list[float]) -> dict[str, list[float]]:
+    """The curve as the stock trainer's, never constant or of one point: the stock graph divides by its
+    range.
+    """
+    curve = list(rewards) if len(rewards) > 1 else [*rewards, *rewards]
+    if max(curve) == min(curve):
+        curve[-1] += max(1e-6, abs(curve[-1]) * 1e-6)
+    return {"loss": curve}
+
+
+def report(run: Run) -> str:
+    """What was checked, what was learned, and what to be wary of."""
+    progress, training = run.state.progress, run.training
+    watch, best = progress.watch, progress.watch.best
+    few = max(1, len(progress.rewards) // 5)
+    first, last = (sum(part) / few for part in (progress.rewards[:few], progress.rewards[-few:]))
+    aside = "kept aside" if set(training.held_out).isdisjoint(training.learned) else "from other seeds"
+    lines = [
+        f"{training.method}, {progress.iteration} iterations, {len(training.learned)} prompts",
+        *run.notes,
+        f"reward {first:+.3f} at first, {last:+.3f} at last (means of {few})",
+        f"held-out score ({len(training.held_out)} prompts {aside}) {watch.start:+.3f} before,"
+        f" {best.held_out:+.3f} after iteration {best.iteration}, which is the one kept",
+        f"diversity {best.diversity:.2f} of what it was, KL {best.kl:.2g}",
+        *warnings(run),
+        f"LoRA: {run.path}",
+    ]
+    return "\n".join(lines)
+
+
+def warnings(run: Run) -> list[str]:
+    watch, best = run.state.progress.watch, run.state.progress.watch.best
+    found = [
+        (run.state.progress.cheated, "stopped early: the reward rose while the held-out score fell"),
+        (
+            best.held_out <= watch.start,
+            "the held-out score never rose above its start: do not trust this LoRA",
+        ),
+        (best.diversity < 0.9, "pictures of one prompt became more alike: raise kl_weight or train shorter"),
+    ]
+    for is_so, sentence in found:
+        if is_so:
+            logging.warning("Step-GRPO: %s", sentence)
+    return [f"WARNING: {sentence}" for is_so, sentence in found if is_so]
