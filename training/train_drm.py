@@ -38,6 +38,8 @@ from training import checkpoints, network
 from training.base import BaseError
 from training.batches import Batch, HeldOutBatches, Mixture, Share, TrainingBatches, generator
 from training.config import ConfigError, DRMConfig, TrainConfig, read_config
+from training.reward_loss import Tally, pair_losses
+from training.reward_report import SIGMA_PARTS, export_facts, held_out_table, in_order
 from training.runs import TrainingError, cut_log, first_difference, trackers
 from training.shards import EncodedPairs, ShardError
 
@@ -49,7 +51,6 @@ ERRORS = (
     TrainingError,
     checkpoints.CheckpointError,
 )
-SIGMA_PARTS = 4
 CALIBRATION_BINS = 10
 RESULT = "reward.safetensors"
 
@@ -59,63 +60,11 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
 
 
-def pair_losses(win: Tensor, lose: Tensor, batch: Batch, kind: str) -> Tensor:
-    """Weighted mean loss of a micro-batch, a scalar; 0 with a graph when nothing in it weighs."""
-    if not bool(batch.weight.any()):
-        return 0.0 * (win.sum() + lose.sum())
-    if kind == "thurstone":
-        return preference.thurstone_loss(win, lose, batch.sigma, batch.label, batch.weight)
-    return preference.bradley_terry_loss(win, lose, batch.label, batch.weight)
-
-
 def some_of(rows: Tensor, count: int | None, seed: int) -> Tensor:
     """`count` of the rows, drawn evenly from all of them and kept in their order; all when None."""
     if count is None or count >= len(rows):
         return rows
     return rows[torch.randperm(len(rows), generator=generator(seed, 6))[:count].sort().values]
-
-
-@dataclasses.dataclass
-class Tally:
-    """Sums over the pairs of a step, added up over micro-batches and processes."""
-
-    sums: Tensor
-
-    NAMES = ("loss", "weight", "pairs", "right", "margin", "score", "squares")
-
-    @classmethod
-    def empty(cls, device: torch.device) -> Tally:
-        return cls(torch.zeros(len(cls.NAMES), dtype=torch.float64, device=device))
-
-    def add(self, loss: Tensor, win: Tensor, lose: Tensor, batch: Batch) -> None:
-        """loss: the micro-batch's weighted mean."""
-        win, lose, real = win.detach().double(), lose.detach().double(), (batch.weight > 0).double()
-        right = (win > lose).double() + 0.5 * (win == lose).double()
-        weight = batch.weight.double().sum()
-        both = torch.stack([win, lose])
-        self.sums += torch.stack(
-            [
-                loss.detach().double() * weight,
-                weight,
-                real.sum(),
-                (right * real).sum(),
-                ((win - lose) * real).sum(),
-                (both * real).sum(),
-                (both.square() * real).sum(),
-            ]
-        )
-
-    def figures(self) -> dict[str, float]:
-        total = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
-        pairs = max(total["pairs"], 1.0)
-        mean = total["score"] / (2 * pairs)
-        return {
-            "loss": total["loss"] / max(total["weight"], 1e-12),
-            "accuracy": total["right"] / pairs,
-            "margin": total["margin"] / pairs,
-            "rewards/mean": mean,
-            "rewards/std": math.sqrt(max(0.0, total["squares"] / (2 * pairs) - mean * mean)),
-        }
 
 
 class Trainer:
@@ -345,15 +294,7 @@ class Trainer:
         self.averaged.swap()
         found = [self._held_out_scores(batch.to(self.device)) for batch, _ in _timed(self._loader(data))]
         self.averaged.swap()
-        win, lose, sigma, weight = (
-            self.accelerator.gather(torch.stack(found, dim=1))
-            .unflatten(0, (-1, 4))
-            .permute(1, 2, 0, 3)
-            .flatten(1)
-            .cpu()
-        )
-        real = weight > 0
-        sigma, win, lose = sigma[: len(real)][real], win[real], lose[real]
+        win, lose, sigma = in_order(self.accelerator.gather(torch.stack(found, dim=1)))
         sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
         table = held_out_table(win, lose, sigma, sources)
         if bins:
@@ -379,44 +320,9 @@ class Trainer:
             return
         drm = network.build(self.config.model, seed=self.settings.seed)
         drm.load_state_dict(state)
-        counts = {
-            source: sum(of == source for of in self.pairs.columns["source"])
-            for source in sorted(set(self.pairs.columns["source"]))
-        }
-        lengths = self.pairs.t5_lengths
-        facts = {
-            **self.metadata,
-            "name": self.config.name,
-            "text_length": self.pairs.meta.get("text_length")
-            or self.pairs.prompts([0], max(lengths) if lengths else None)[0].shape[1],
-            "base": Path(self.config.model.base).name,
-            "trained": self.config.model.train,
-            "data": counts,
-            "pairs_seen": self.steps * self.settings.global_batch,
-            "steps": self.steps,
-            "held_out": {key: value for key, value in table.items() if key != "calibration"},
-            "license": self.config.licence,
-            "config_sha256": self.config.hash(),
-        }
-        if "calibration" in table:
-            facts["calibration"] = table["calibration"]
+        facts = self.metadata | export_facts(self.config, self.pairs, self.steps, table)
         save_drm(network.plain(drm), self.out / RESULT, metadata=facts, dtype=torch.float16)
         print(f"reward model -> {self.out / RESULT}", file=sys.stderr)
-
-
-def held_out_table(win: Tensor, lose: Tensor, sigma: Tensor, sources: list[str]) -> dict:
-    """Accuracy over everything, by quarter of sigma from low to high, and by source (of views in order)."""
-    of = [source for source in sources for _ in range(SIGMA_PARTS)]
-    by_source = {}
-    for source in sorted(set(of)):
-        mask = torch.tensor([name == source for name in of])
-        by_source[source] = preference.preference_accuracy(win[mask], lose[mask])
-    return {
-        "pairs": len(sources),
-        "accuracy": preference.preference_accuracy(win, lose),
-        "by_sigma": preference.accuracy_by_sigma(win, lose, sigma, SIGMA_PARTS),
-        "by_source": by_source,
-    }
 
 
 def _timed(loader: DataLoader) -> Iterator[tuple[Batch, float]]:
@@ -428,8 +334,8 @@ def _timed(loader: DataLoader) -> Iterator[tuple[Batch, float]]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise TrainingError(
                 f"a process that reads data died ({str(error).splitlines()[0]}): it may have run out of"
