@@ -21,7 +21,9 @@ from training.readers import (
     read_rankings,
     to_pairs,
 )
+from training.readers.pickapic import pickapic_ranking
 from training.readers.pictures import Picture, _Column, file_picture
+from training.readers.records import LeftOut
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +279,24 @@ def test_another_sets_parquet_names_the_missing_columns(sets):
 def test_a_missing_images_folder_is_named(sets):
     with pytest.raises(ReaderError, match="nowhere is no folder: `images`"):
         rankings(sets, "hpdv3", "hpdv3/train.json", images=str(sets / "nowhere"))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pickapic_rows_of_one_picture_twice_are_left_out_of_training_only(train: bool):
+    record = {
+        "caption": "a cat",
+        "label_0": 1.0,
+        "label_1": 0.0,
+        "has_label": True,
+        "are_different": False,
+        "num_example_per_prompt": 1,
+        "path": "test.parquet",
+        "row": 0,
+        "train": train,
+    }
+    source = SourceConfig(format="pickapic", path="pickapic")
+    if train:
+        with pytest.raises(LeftOut):
+            pickapic_ranking(record, source, "", "row 0")
+    else:
+        assert pickapic_ranking(record, source, "", "row 0").ranks == (0.0, 1.0)

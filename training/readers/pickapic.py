@@ -36,7 +36,7 @@ def pickapic_ranking(record: dict, source: SourceConfig, root: str, row: str) ->
     labels = tuple(number(record[key], key) for key in ("label_0", "label_1"))
     if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
         raise RowError(f"labels are not 1/0, 0/1 or 0.5/0.5: {labels}")
-    if record["are_different"] is False:
+    if record["train"] and record["are_different"] is False:  # the official count keeps them
         raise LeftOut("one picture twice (are_different is false)")
     weight = 1.0
     if record["train"]:
