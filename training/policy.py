@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from drm import DRM
 from drm.lora import PREFIX, LoRAFileError
 from training.base import load_transformer
 from training.grpo_config import PolicyConfig
 from training.network import LORA_TARGETS
+from training.prompts import PromptCache
+from training.runs import TrainingError
 
 
 class Policy(nn.Module):
@@ -119,3 +122,25 @@ def build_policy(config: PolicyConfig, *, seed: int, device: torch.device) -> Po
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return Policy(transformer.eval(), scale=config.lora_alpha / config.lora_rank, half=half).to(device)
+
+
+def check_fit(policy: Policy, drm: DRM, cache: PromptCache, name: str) -> None:
+    """TrainingError when reward model, base and embeddings are not of one family."""
+    config = policy.transformer.config
+    embeds, pooled = (part.shape[-1] for part in cache.embeds([""]))
+    found = {
+        "latent channels": (config.in_channels, drm.in_channels),
+        "text width": (config.joint_attention_dim, drm.prompt_dim),
+        "pooled text width": (config.pooled_projection_dim, drm.pooled_dim),
+    }
+    for what, (base, reward) in found.items():
+        if base != reward:
+            raise TrainingError(
+                f"the base has {base} {what}, {name} takes {reward}: they are not of one latent space; take a"
+                " reward model of the base's family"
+            )
+    if (embeds, pooled) != (config.joint_attention_dim, config.pooled_projection_dim):
+        raise TrainingError(
+            f"the embedded prompts are {embeds} wide and pooled {pooled}, the base takes"
+            f" {config.joint_attention_dim} and {config.pooled_projection_dim}: encode them with its encoders"
+        )

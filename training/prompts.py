@@ -18,13 +18,18 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.grpo_config import PromptsConfig
 from training.shards import replace_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FORMAT, VERSION = "drm-prompts", 1
 ROWS_EACH = 512
@@ -147,6 +152,31 @@ def sd3_encode(folder: str, t5_length: int | None, device: str | torch.device) -
         "t5_length": t5_length,
         "encoders": encoders.describe(),
     }
+
+
+def open_or_make(config: PromptsConfig, prompts: list[str], accelerator: Accelerator) -> PromptCache:
+    """The cache with all these prompts in it; made here, by all processes, when it lacks one and there are
+    encoders to make it with.
+    """
+    folder = Path(config.encoded)
+    cache = PromptCache(folder) if (folder / "meta.json").is_file() or not config.encoders else None
+    missing = cache.missing(prompts) if cache else prompts
+    if missing and not config.encoders:
+        raise PromptError(
+            f"{folder} has no embedding of {missing[0]!r} and {len(missing) - 1} more: make them with"
+            " `python -m training.prompts`, or name data.encoders"
+        )
+    accelerator.wait_for_everyone()  # nobody may look for what another already writes
+    if missing:
+        encode, facts = sd3_encode(config.encoders, config.t5_length, accelerator.device)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        write_prompts(folder, prompts, encode, rank=rank, world=world)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish(folder, prompts, facts)
+        accelerator.wait_for_everyone()
+        cache = PromptCache(folder)
+    return cache
 
 
 def main(arguments: list[str] | None = None) -> int:

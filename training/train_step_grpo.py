@@ -43,10 +43,11 @@ from training.batches import Share, generator
 from training.benchmarks import file_sha256
 from training.config import ConfigError
 from training.decoders import DecoderError, load_decoder
-from training.grpo_config import PromptsConfig, StepGRPOConfig, read_step_grpo
+from training.grpo_config import StepGRPOConfig, read_step_grpo
 from training.grpo_evaluation import HeldOut, grid
-from training.policy import Policy, build_policy
-from training.prompts import PromptCache, PromptError, finish, read_prompts, sd3_encode, write_prompts
+from training.grpo_figures import Tally
+from training.policy import build_policy, check_fit
+from training.prompts import PromptError, open_or_make, read_prompts
 from training.rivals import RivalError, load_rival
 from training.runs import TrainingError, cut_log, first_difference, trackers
 
@@ -65,55 +66,6 @@ ERRORS = (
 )
 
 
-class Tally:
-    """Sums of an iteration's figures over micro-batches and, in `summary`, over processes."""
-
-    NAMES = ("rewards", "squares", "candidates", "spread", "groups", "gated", "kl", "clipped", "steps")
-    NAMES += ("loss", "passes", "forwards")
-
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(self.NAMES, 0.0)
-        self.ratio_error = 0.0
-
-    def add(self, figures: grpo.Figures, size: int) -> None:
-        """figures of one roll-out of `size` latents."""
-        rewards = torch.cat([one.flatten() for one in figures.rewards]).double()
-        found = {
-            "rewards": rewards.sum().item(),
-            "squares": rewards.square().sum().item(),
-            "candidates": len(rewards),
-            "spread": sum(one.double().sum().item() for one in figures.spreads),
-            "groups": figures.groups,
-            "gated": figures.gated,
-            "kl": size * sum(figures.kl),
-            "clipped": size * sum(figures.clipped),
-            "steps": size * len(figures.clipped),
-            "passes": figures.passes,
-            "forwards": figures.forwards,
-        }
-        for name, value in found.items():
-            self.sums[name] += value
-        self.ratio_error = max(self.ratio_error, figures.ratio_error)
-
-    def summary(self, accelerator: Accelerator) -> dict[str, float]:
-        values = torch.tensor([*self.sums.values()], dtype=torch.float64, device=accelerator.device)
-        error = torch.tensor([self.ratio_error], dtype=torch.float64, device=accelerator.device)
-        total = dict(zip(self.sums, accelerator.reduce(values, "sum").tolist(), strict=True))
-        mean = total["rewards"] / total["candidates"]
-        return {
-            "loss": total["loss"],
-            "rewards/mean": mean,
-            "rewards/std": math.sqrt(max(0.0, total["squares"] / total["candidates"] - mean * mean)),
-            "spread": total["spread"] / total["groups"],
-            "kl": total["kl"] / total["steps"],
-            "gated": total["gated"] / total["groups"],
-            "clipped": total["clipped"] / total["steps"],
-            "ratio_error": accelerator.gather(error).max().item(),
-            "passes": int(total["passes"]),
-            "forwards": int(total["forwards"]),
-        }
-
-
 class Trainer:
     """One run: policy, reward, prompts, optimiser and where they stand. `run` trains and exports."""
 
@@ -125,7 +77,7 @@ class Trainer:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.prompts = read_prompts(config.data.prompts)
         held_out = read_prompts(config.data.held_out) if config.data.held_out else []
-        self.cache = embeddings(config.data, [*self.prompts, *held_out], self.accelerator)
+        self.cache = open_or_make(config.data, [*self.prompts, *held_out], self.accelerator)
         self.drm = self._load_drm(config.model.drm)
         self.policy = build_policy(config.model, seed=self.settings.seed, device=self.device)
         check_fit(self.policy, self.drm, self.cache, "model.drm")
@@ -436,53 +388,6 @@ def _hash(path: Path) -> dict:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     parts = [file_sha256(part) for part in sorted(folder.glob("*.safetensors"))]
     return {"name": path.resolve().name, "sha256": hashlib.sha256("".join(parts).encode()).hexdigest()}
-
-
-def embeddings(config: PromptsConfig, prompts: list[str], accelerator: Accelerator) -> PromptCache:
-    """The cache with all these prompts in it; made here, by all processes, when it lacks one and there are
-    encoders to make it with.
-    """
-    folder = Path(config.encoded)
-    cache = PromptCache(folder) if (folder / "meta.json").is_file() or not config.encoders else None
-    missing = cache.missing(prompts) if cache else prompts
-    if missing and not config.encoders:
-        raise PromptError(
-            f"{folder} has no embedding of {missing[0]!r} and {len(missing) - 1} more: make them with"
-            " `python -m training.prompts`, or name data.encoders"
-        )
-    accelerator.wait_for_everyone()  # nobody may look for what another already writes
-    if missing:
-        encode, facts = sd3_encode(config.encoders, config.t5_length, accelerator.device)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        write_prompts(folder, prompts, encode, rank=rank, world=world)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish(folder, prompts, facts)
-        accelerator.wait_for_everyone()
-        cache = PromptCache(folder)
-    return cache
-
-
-def check_fit(policy: Policy, drm: DRM, cache: PromptCache, name: str) -> None:
-    """TrainingError when reward model, base and embeddings are not of one family."""
-    config = policy.transformer.config
-    embeds, pooled = (part.shape[-1] for part in cache.embeds([""]))
-    found = {
-        "latent channels": (config.in_channels, drm.in_channels),
-        "text width": (config.joint_attention_dim, drm.prompt_dim),
-        "pooled text width": (config.pooled_projection_dim, drm.pooled_dim),
-    }
-    for what, (base, reward) in found.items():
-        if base != reward:
-            raise TrainingError(
-                f"the base has {base} {what}, {name} takes {reward}: they are not of one latent space; take a"
-                " reward model of the base's family"
-            )
-    if (embeds, pooled) != (config.joint_attention_dim, config.pooled_projection_dim):
-        raise TrainingError(
-            f"the embedded prompts are {embeds} wide and pooled {pooled}, the base takes"
-            f" {config.joint_attention_dim} and {config.pooled_projection_dim}: encode them with its encoders"
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 A fork server that has imported the trainer once makes each process cheap.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,13 +13,18 @@ import time
 from pathlib import Path
 
 from training.config import DRMConfig
+from training.grpo_config import StepGRPOConfig
 
+Config = DRMConfig | StepGRPOConfig
+TRAINERS = {DRMConfig: "training.train_drm", StepGRPOConfig: "training.train_step_grpo"}
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training.train_drm", "tests.tiny"])
+# What the trainers import late is most of a short run.
+LATE = ["peft", "diffusers.models.transformers.transformer_sd3", "torch.utils.tensorboard"]
+CONTEXT.set_forkserver_preload([*TRAINERS.values(), "tests.tiny", *LATE])
 TIMEOUT = 240
 
 
-def _run(config: DRMConfig, rank: int, world: int, port: int, errors: str | None) -> None:
+def _run(config: Config, rank: int, world: int, port: int, errors: str | None) -> None:
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     if world > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -26,11 +32,9 @@ def _run(config: DRMConfig, rank: int, world: int, port: int, errors: str | None
     os.environ.update(environment)
     import torch
 
-    from training.train_drm import Trainer
-
     torch.set_num_threads(1)
     sys.stderr = open(errors or os.devnull, "w", buffering=1)  # noqa: SIM115 - open until the process ends
-    Trainer(config).run()
+    importlib.import_module(TRAINERS[type(config)]).Trainer(config).run()
 
 
 def free_port() -> int:
@@ -39,7 +43,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(config: DRMConfig, world: int = 1, errors: Path | None = None) -> list:
+def start(config: Config, world: int = 1, errors: Path | None = None) -> list:
     """Processes that train `config` together."""
     port = free_port()
     processes = [
@@ -51,7 +55,7 @@ def start(config: DRMConfig, world: int = 1, errors: Path | None = None) -> list
     return processes
 
 
-def train(config: DRMConfig, world: int = 1) -> None:
+def train(config: Config, world: int = 1) -> None:
     """Train to the end; every process must end well."""
     processes = start(config, world)
     for process in processes:
@@ -59,7 +63,7 @@ def train(config: DRMConfig, world: int = 1) -> None:
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def train_and_kill(config: DRMConfig, lines: int, delay: float) -> None:
+def train_and_kill(config: Config, lines: int, delay: float) -> None:
     """Kill -9 the run `delay` seconds after its log has so many lines (0: after its folder is there)."""
     (process,) = start(config)
     log, deadline = Path(config.train.out) / "log.jsonl", time.monotonic() + TIMEOUT
@@ -84,29 +88,29 @@ def log_lines(path: Path) -> list[dict]:
 
 def numbers(path: Path) -> list[dict]:
     """The log without what the clock says."""
-    clock = {"samples_per_second", "waiting"}
+    clock = {"samples_per_second", "waiting", "seconds"}
     return [{key: value for key, value in row.items() if key not in clock} for row in log_lines(path)]
 
 
-def _command(arguments: list[str], errors: str, file_limit: int | None) -> None:
+def _command(module: str, arguments: list[str], errors: str, file_limit: int | None) -> None:
     import resource
 
     import torch
-
-    from training.train_drm import main
 
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     if file_limit:  # as a full disk does, writing past it fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115 - open until the process ends
-    main(arguments)
+    importlib.import_module(module).main(arguments)
 
 
-def command(arguments: list[str], folder: Path, file_limit: int | None = None) -> tuple[int, list[str]]:
-    """`python -m training.train_drm` with these arguments: its exit status and the error lines it printed."""
+def command(
+    arguments: list[str], folder: Path, file_limit: int | None = None, module: str = TRAINERS[DRMConfig]
+) -> tuple[int, list[str]]:
+    """`python -m module` with these arguments: its exit status and the error lines it printed."""
     errors = folder / "stderr.txt"
-    process = CONTEXT.Process(target=_command, args=(arguments, str(errors), file_limit))
+    process = CONTEXT.Process(target=_command, args=(module, arguments, str(errors), file_limit))
     process.start()
     process.join(TIMEOUT)
     lines = errors.read_text().replace("\r", "\n").splitlines()
