@@ -94,7 +94,9 @@ class OptimizerConfig:
 class HeldOutConfig:
     """Each held-out prompt is drawn from `seeds` noises by `steps` plain steps; its score is the DRM's mean
     over `sigmas`. `drms`: more reward models by name. `rivals`: name to clip:FOLDER, pickscore:FOLDER or
-    module:function. `pictures`: how many prompts the grids show.
+    module:function. `best_by`: whose score decides which LoRA is the best, and when patience runs out:
+    held_out (the DRM that is optimised), or one of the others, which it cannot learn to fool. `pictures`: how
+    many prompts the grids show.
     """
 
     prompts: int = 64
@@ -104,6 +106,7 @@ class HeldOutConfig:
     sigmas: tuple[float, ...] = (0.0, 0.2, 0.4)
     drms: dict[str, str] = dataclasses.field(default_factory=dict)
     rivals: dict[str, str] = dataclasses.field(default_factory=dict)
+    best_by: str = "held_out"
     pictures: int = 8
     seed: int = 0
 
@@ -175,6 +178,7 @@ def _check(config: StepGRPOConfig) -> None:
         "evaluate.batch": evaluate.batch,
         "model.lora_rank": model.lora_rank,
     }
+    scorers = [*evaluate.drms, *evaluate.rivals]
     size, needs_vae = rollout.resolution, bool(evaluate.rivals) or train.pictures_every is not None
     learned = [step for step in range(rollout.steps) if config.grpo.learns(step, rollout.steps)]
     wrong = [(value < 1, key, value, "at least 1") for key, value in at_least_one.items()] + [
@@ -194,6 +198,18 @@ def _check(config: StepGRPOConfig) -> None:
         (not model.lora_alpha > 0, "model.lora_alpha", model.lora_alpha, "above 0"),
         (not evaluate.sigmas, "evaluate.sigmas", evaluate.sigmas, "at least one"),
         (not all(0 <= s < 1 for s in evaluate.sigmas), "evaluate.sigmas", evaluate.sigmas, "0 to below 1"),
+        (
+            len({"held_out", "diversity", "step", "prompts", *scorers}) < 4 + len(scorers),
+            "evaluate.drms and rivals",
+            ", ".join(scorers),
+            "names of their own, none of them held_out, diversity, step or prompts",
+        ),
+        (
+            evaluate.best_by not in ("held_out", *scorers),
+            "evaluate.best_by",
+            evaluate.best_by,
+            f"one of {', '.join(('held_out', *scorers))}",
+        ),
         (needs_vae and not model.vae, "model.vae", model.vae, "a VAE, for pictures and rivals"),
     ]
     for is_wrong, key, value, wanted in wrong:

@@ -156,7 +156,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if step >= 0 and (self.out / "evaluation.jsonl").is_file():
             rows = [json.loads(line) for line in (self.out / "evaluation.jsonl").read_text().splitlines()]
-            self.curve = [(row["step"], row["held_out"]) for row in rows]
+            self.curve = [(row["step"], row[self.config.evaluate.best_by]) for row in rows]
         return max(step, 0)
 
     def _identity(self) -> dict:
@@ -304,11 +304,12 @@ class Trainer:
         table = self._spread(len(held_out.prompts), lambda numbers: held_out.table(self.policy, numbers))
         row = dict(zip(held_out.names, table.mean(0).tolist(), strict=True))
         row = {"step": done, "prompts": len(table), **row}
-        if not math.isfinite(row["held_out"]):
-            raise TrainingError(f"the held-out score after {done} iterations is {row['held_out']}")
-        best = self._best()
-        self.curve.append((done, row["held_out"]))
-        if best is None or row["held_out"] > best[1]:
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"the held-out score after {done} iterations is {value} ({name})")
+        best, score = self._best(), row[self.config.evaluate.best_by]
+        self.curve.append((done, score))
+        if best is None or score > best[1]:
             self._write(BEST, done)
         if self.main:
             with open(self.out / "evaluation.jsonl", "a") as file:
@@ -373,6 +374,7 @@ class Trainer:
             "reward": self._hashes[1],
             "config": {key: config[key] for key in ("grpo", "rollout", "train", "evaluate")},
             "config_sha256": self.config.hash(),
+            "best_by": self.config.evaluate.best_by,
             "curve": [list(point) for point in self.curve],
         }
 
