@@ -7,7 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from . import adapters, grpo_picture
-from .grpo_run import Pictures, Run
+from .grpo_learner import Pictures
+from .grpo_run import Run
 from .score import show_on_node
 
 

@@ -9,7 +9,8 @@ from comfy_api.latest import io, ui
 from ..drm.lora import load_lora
 from . import adapters, folders, grpo_report
 from .grpo_inputs import METHODS, Training, read_prompts
-from .grpo_run import Models, Run
+from .grpo_learner import Models
+from .grpo_run import Run
 from .loader import DRMModel
 from .sampler import MAX_SEED
 from .score import show_on_node
@@ -199,7 +200,7 @@ def training_outputs() -> list[io.Output]:
         io.LossMap.Output(
             "rewards", display_name="LOSS_MAP", tooltip="The reward curve, for Plot Loss Graph."
         ),
-        io.Int.Output("steps", display_name="steps", tooltip="Iterations done."),
+        io.Int.Output("steps_done", display_name="steps", tooltip="Iterations done."),
         io.Image.Output("image", display_name="IMAGE", tooltip="Before and after, with the same seeds."),
         io.String.Output("report", display_name="report", tooltip="What was checked and what came of it."),
     ]
@@ -230,7 +231,17 @@ def prepare(
         raise ValueError(
             f"the MODEL's noise scale is {sampling.noise_scale}, wanted 1: take that patch off it"
         )
+    if vae is not None and vae.latent_channels != empty.shape[1]:
+        raise ValueError(
+            f"the VAE decodes latents of {vae.latent_channels} channels and the MODEL draws {empty.shape[1]}:"
+            " connect the VAE that belongs to the model"
+        )
     models = Models(
-        model=model, drm=drm, judge=judge, prompts=prompts, negative=adapters.encode_prompt(clip, "")
+        model=model,
+        drm=drm,
+        judge=judge,
+        prompts=prompts,
+        negative=adapters.encode_prompt(clip, ""),
+        lora=lora,
     )
-    return Run(training, models, lora, lambda run, line: grpo_report.show(run, line, vae))
+    return Run(training, models, lambda run, line: grpo_report.show(run, line, vae))
