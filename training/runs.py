@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
 
 from training.shards import replace_atomically
 
@@ -38,8 +43,20 @@ def cut_log(path: Path, step: int) -> None:
     replace_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def trackers() -> list[str]:
-    """What Accelerate logs to beside our own lines: TensorBoard, where it is installed."""
-    from accelerate.utils import is_tensorboard_available
-
-    return ["tensorboard"] if is_tensorboard_available() else []
+def make_accelerator(out: Path) -> Accelerator:
+    """The processes of a launcher, on their GPUs or, where there is none, on the CPU over gloo; logging to
+    TensorBoard too where it is installed. TrainingError when a process does not see the others.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        log_with=["tensorboard"] if is_tensorboard_available() else [],
+        project_dir=out,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise TrainingError(
+            f"{launched} processes were launched and this one sees {accelerator.num_processes}: launch with"
+            " accelerate and a file of training/configs, or with torchrun"
+        )
+    return accelerator

@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader, Dataset
@@ -40,7 +39,7 @@ from training.batches import Batch, HeldOutBatches, Mixture, Share, TrainingBatc
 from training.config import ConfigError, DRMConfig, TrainConfig, read_config
 from training.reward_loss import Tally, pair_losses
 from training.reward_report import SIGMA_PARTS, export_facts, held_out_table, in_order
-from training.runs import TrainingError, cut_log, first_difference, trackers
+from training.runs import TrainingError, cut_log, first_difference, make_accelerator
 from training.shards import EncodedPairs, ShardError
 
 ERRORS = (
@@ -72,7 +71,7 @@ class Trainer:
 
     def __init__(self, config: DRMConfig) -> None:
         self.config, self.settings, self.out = config, config.train, Path(config.train.out)
-        self.accelerator = Accelerator(mixed_precision="no", log_with=trackers(), project_dir=self.out)
+        self.accelerator = make_accelerator(self.out)
         self.device = self.accelerator.device
         self.pairs = EncodedPairs(config.data.encoded)
         half = self.settings.precision == "bf16"

@@ -29,7 +29,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor
@@ -49,7 +48,7 @@ from training.grpo_figures import Tally
 from training.policy import build_policy, check_fit
 from training.prompts import PromptError, open_or_make, read_prompts
 from training.rivals import RivalError, load_rival
-from training.runs import TrainingError, cut_log, first_difference, trackers
+from training.runs import TrainingError, cut_log, first_difference, make_accelerator
 
 RESULT, BEST = "lora.safetensors", "best.safetensors"
 ORDER, START, BRANCHES = 11, 12, 13  # streams of generator()
@@ -71,7 +70,7 @@ class Trainer:
 
     def __init__(self, config: StepGRPOConfig) -> None:
         self.config, self.settings, self.out = config, config.train, Path(config.train.out)
-        self.accelerator = Accelerator(mixed_precision="no", log_with=trackers(), project_dir=self.out)
+        self.accelerator = make_accelerator(self.out)
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise TrainingError("the base is frozen and whole on every GPU: launch without FSDP or DeepSpeed")
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process

@@ -1,8 +1,11 @@
 """The trainer as people run it: to the end, killed and resumed, on one process and on several."""
 
 import dataclasses
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 
 from drm import load_drm
 from drm.checkpoint import read_header
-from tests.training.encoded import make_config, write_base, write_encoded
+from tests.training.encoded import make_config, write_base, write_encoded, write_yaml
 from tests.training.processes import numbers, train, train_and_kill
 
 
@@ -106,6 +109,24 @@ def test_two_processes_equal_one_at_the_same_global_batch(files: Path, reference
     losses = [[row["loss"] for row in numbers(folder / "log.jsonl")] for folder in (reference, files / "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert torch.allclose(scores(reference), scores(files / "two"), atol=2e-3)  # files hold half precision
+
+
+def test_a_launcher_s_processes_find_each_other_without_a_gpu(files: Path, reference: Path, tmp_path: Path):
+    path = write_yaml(
+        make_config(files, out=str(tmp_path / "run"), steps=3, micro_batch=4), tmp_path / "c.yaml"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    subprocess.run(
+        [*command, "-m", "training.train_drm", "--config", str(path)],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        timeout=240,
+    )
+    losses = [row["loss"] for row in numbers(tmp_path / "run" / "log.jsonl")]
+    assert losses == pytest.approx([row["loss"] for row in numbers(reference / "log.jsonl")][:3], abs=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
