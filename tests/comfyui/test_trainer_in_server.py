@@ -1,0 +1,146 @@
+"""Step-GRPO LoRA Trainer in a real server: stock nodes take what it gives, a stop loses nothing."""
+
+import io
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from drm.lora import load_lora
+from tests.comfyui.graphs import node
+from tests.comfyui.training_graphs import files, trainer_graph
+from tests.tiny import build_demo_family
+from tools.comfy_server import ComfyServer
+
+
+def succeeded(result):
+    assert result.status == "success", result.error
+    return result
+
+
+def drawn(start, model, **changes):
+    """KSampler, VAE Decode and Save Image on a MODEL, as nodes start, start + 1, start + 2."""
+    inputs = {
+        "model": model,
+        "positive": ["4", 0],
+        "negative": ["5", 0],
+        "latent_image": ["6", 0],
+        "seed": 5,
+        "steps": 3,
+        "cfg": 2.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    }
+    return {
+        str(start): node("KSampler", **inputs | changes),
+        str(start + 1): node("SaveLatent", samples=[str(start), 0], filename_prefix=f"trainer_{start}"),
+    }
+
+
+def latent(base_dir, start):
+    """What SaveLatent of `drawn` wrote last."""
+    return load_file(sorted((base_dir / "output").glob(f"trainer_{start}_*.latent"))[-1])["latent_tensor"]
+
+
+def wait_for(server, condition, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, server.log_tail()
+        time.sleep(0.05)
+
+
+def test_stock_nodes_take_what_it_gives(server, base_dir):
+    graph = trainer_graph(name="stock", learning_rate=0.02, seed=11)
+    graph |= {
+        "8": node("SaveLoRA", lora=["7", 1], prefix="loras/stock_copy", steps=["7", 3]),
+        "9": node("LossGraphNode", loss=["7", 2], filename_prefix="curve"),
+        "10": node("LoraModelLoader", model=["1", 0], lora=["7", 1], strength_model=1.0),
+        "11": node("PreviewAny", source=["7", 5]),
+        "12": node("SaveImage", images=["7", 4], filename_prefix="grid"),
+    }
+    graph |= drawn(20, ["7", 0]) | drawn(30, ["10", 0]) | drawn(40, ["1", 0])
+    result = succeeded(server.run(graph))
+    (path,) = (base_dir / "output" / "loras").glob("stock_*[0-9a-f].safetensors")
+    assert "went" not in result.outputs["7"]["text"][0]
+    assert str(path) in result.outputs["11"]["text"][0]
+    (copy,) = (base_dir / "output" / "loras").glob("stock_copy_2_steps_*.safetensors")
+    own, copied = load_file(path), load_file(copy)
+    assert all((own[name] == copied[name]).all() for name in own)
+    trained, loaded, plain = (latent(base_dir, start) for start in (20, 30, 40))
+    assert (trained - loaded).abs().max() <= 1e-4
+    assert (trained - plain).abs().max() > 1e-2
+    with Image.open(io.BytesIO(server.view(result.images("12")[0]))) as picture:
+        assert np.asarray(picture).std() > 5
+
+    # The stock LoraLoader finds the file where it was saved.
+    name = path.name
+    for start, strength in ((50, 1.0), (60, 0.0)):
+        loader = node("LoraLoaderModelOnly", model=["1", 0], lora_name=name, strength_model=strength)
+        graph |= {str(start + 5): loader} | drawn(start, [str(start + 5), 0])
+    undone = node("LoraLoaderModelOnly", model=["7", 0], lora_name=name, strength_model=-1.0)
+    graph |= {"75": undone} | drawn(70, ["75", 0])
+    succeeded(server.run(graph))
+    assert (latent(base_dir, 50) - trained).abs().max() <= 1e-4
+    assert (latent(base_dir, 60) - plain).abs().max() == 0
+    assert (latent(base_dir, 70) - plain).abs().max() <= 1e-4
+
+
+def test_progress_shows_pictures_and_words(server):
+    with server.events() as events:
+        graph = trainer_graph(name="shown", iterations=4, preview_every=2)
+        prompt_id = server.queue(graph, client_id=events.client_id)
+        succeeded(server.wait(prompt_id))
+    ticks = [tick for tick in events.of("progress", prompt_id) if tick["node"] == "7"]
+    assert ticks[-1]["value"] <= ticks[-1]["max"] == 4 * 2 * 3
+    assert len(ticks) > 8
+    assert len(events.previews) >= 2
+    for line in ("iteration 4 of 4, reward", "KL", "s left", "held-out"):
+        assert line in server.log_text()
+
+
+def test_cancel_keeps_what_was_learned_and_the_next_prompt_goes_on(server, base_dir):
+    graph = trainer_graph(name="cancelled", iterations=10000)
+    prompt_id = server.queue(graph)
+    wait_for(server, lambda: files(base_dir / "output", "cancelled_*.safetensors"))
+    server.interrupt()
+    assert server.wait(prompt_id, timeout=60).interrupted
+    (path,) = files(base_dir / "output", "cancelled_*.safetensors")
+    done = load_lora(path)[1]["iteration"]
+    assert f"what was learned in {done} iterations is in {path}" in server.log_text()
+    result = succeeded(server.run(trainer_graph(name="cancelled", iterations=done + 1)))
+    assert f"went on after iteration {done}" in result.outputs["7"]["text"][0]
+
+
+def test_two_trainers_one_after_the_other(server, base_dir):
+    ids = [server.queue(trainer_graph(name=f"pair{i}", seed=i)) for i in (1, 2)]
+    for prompt_id in ids:
+        succeeded(server.wait(prompt_id))
+    first, second = (load_file(files(base_dir / "output", f"pair{i}_*.safetensors")[0]) for i in (1, 2))
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_server_goes_on(tmp_path, stop):
+    build_demo_family(tmp_path / "models")
+    graph = trainer_graph(name="killed", iterations=6, preview_every=3)
+    with ComfyServer(tmp_path) as server:
+        server.queue(graph)
+        wait_for(server, lambda: "iteration 2 of 6" in server.log_text())
+        server.process.send_signal(stop)
+        server.process.wait(20)
+    (path,) = files(tmp_path / "output")
+    done = load_lora(path)[1]["iteration"]
+    assert 1 <= done < 6
+    with ComfyServer(tmp_path) as server:
+        went_on = succeeded(server.run(graph)).outputs["7"]["text"][0]
+        assert f"went on after iteration {done}" in went_on
+        resumed = load_file(path)
+        path.with_suffix(".resume").unlink()
+        graph["7"]["inputs"]["save_every"] = 6  # or the server would take the result from its cache
+        succeeded(server.run(graph))
+    whole = load_file(path)
+    assert all((resumed[name] == whole[name]).all() for name in whole)
