@@ -144,15 +144,27 @@ def latest(out: Path) -> Path | None:
     return folder_of(out, steps[-1]) if steps else None
 
 
+def facts_of(folder: Path) -> dict:
+    """What state.json says: the step, and what `write` was given."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {folder} cannot be read ({error}): delete it to go on from the one before"
+    )
+
+
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
     """Puts a checkpoint into model, optimizer and averages in place; returns its facts (step, ...)."""
+    facts = facts_of(folder)
     try:
-        facts = json.loads((folder / "state.json").read_text())
         tensors = load_file(folder / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {folder} cannot be read ({error}): delete it to go on from the one before"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

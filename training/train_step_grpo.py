@@ -139,14 +139,14 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         folder, step = checkpoints.latest(self.out), -1
         if folder is not None:
-            facts = checkpoints.restore(folder, self.learned, self.optimizer, self.averaged)
-            if facts["run"] != self._identity():
-                differs = first_difference(facts["run"], self._identity())
+            run = checkpoints.facts_of(folder).get("run", {})
+            if run != self._identity():  # before anything of another shape is put into this policy
+                differs = first_difference(run, self._identity())
                 raise TrainingError(
                     f"{self.out} holds a run of another configuration ({differs} differs): give train.out"
                     " another folder, or delete that one to start anew"
                 )
-            step = facts["step"]
+            step = checkpoints.restore(folder, self.learned, self.optimizer, self.averaged)["step"]
         if self.main:
             cut_log(self.out / "log.jsonl", max(step, 0))
             cut_log(self.out / "evaluation.jsonl", step + 1)
@@ -407,6 +407,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except OSError as error:
         message = f"{error}; the last checkpoint is whole"
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)
     else:
         return
     print(f"error: {message}", file=sys.stderr, flush=True)

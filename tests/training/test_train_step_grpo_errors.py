@@ -48,6 +48,8 @@ def fails(files: Path, tmp_path: Path, *settings: str, file_limit: int | None = 
         ("rollout.steps=1", "rollout.steps is 1: wanted at least 2"),
         ("train.pictures_every=2", "model.vae is None: wanted a VAE"),
         ("evaluate.rivals={a: 'os:path'}", "model.vae is None: wanted a VAE"),
+        ("evaluate.best_by=taste", "evaluate.best_by is taste: wanted one of held_out"),
+        ("evaluate.drms={prompts: a.safetensors}", "names of their own"),
         ("version=9", "version is 9, this code reads 1"),
         ("model.base=nowhere.safetensors", "nowhere.safetensors is not there"),
         ("model.drm=nowhere.safetensors", "nowhere.safetensors is not there"),
@@ -136,6 +138,8 @@ def test_a_folder_that_holds_another_run(files: Path, tmp_path: Path):
     assert run(files, tmp_path)[0] == 0
     before = (tmp_path / "run" / "lora.safetensors").read_bytes()
     assert "grpo.num_branches differs" in fails(files, tmp_path, "grpo.num_branches=5")
+    assert "model.lora_rank differs" in fails(files, tmp_path, "model.lora_rank=2")
+    assert "train.ema differs" in fails(files, tmp_path, "train.ema=0")
     (tmp_path / "other.txt").write_text("a blue thing\n")
     message = fails(files, tmp_path, f"data.prompts={tmp_path / 'other.txt'}")
     assert "data.prompts differs" in message
