@@ -103,7 +103,7 @@ def test_scores_above_the_mean(inside, drawn):
 
 
 def test_ticks_are_round_numbers_inside_the_range(inside):
-    ticks = inside.pack.module("nodes.trace_picture")._ticks
+    ticks = inside.pack.module("nodes.trace_picture").round_ticks
     assert ticks(-0.31, 0.52) == pytest.approx([-0.2, 0.0, 0.2, 0.4])
     assert ticks(1234.0, 1247.0) == pytest.approx([1235, 1240, 1245])
 
