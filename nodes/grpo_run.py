@@ -61,7 +61,8 @@ class Run:
     @property
     def finished(self) -> bool:
         progress = self.state.progress
-        return progress.cheated or progress.iteration >= self.training.iterations
+        looked = self._looked >= progress.iteration
+        return progress.cheated or (looked and progress.iteration >= self.training.iterations)
 
     def _stopped(self, error: BaseException) -> None:
         """Saves what was learned and says where, in the console and, but for Cancel, in the error."""
@@ -132,6 +133,7 @@ class Run:
                 self.learner.iterate(policy)
                 self.done_here += 1
                 logging.info("Step-GRPO: %s", self.line)
+                show_on_node(self.line)
                 due = progress.iteration % self.training.save_every == 0
                 late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
                 if (due or late) and progress.iteration < until:
@@ -189,9 +191,15 @@ class Run:
         return self.path.with_suffix(".resume")
 
     @property
+    def _looked(self) -> int:
+        """The iteration of the last look. A run that was stopped may be past the next one."""
+        looks = self.state.progress.watch.looks
+        return looks[-1].iteration if looks else 0
+
+    @property
     def _next_look(self) -> int:
         every = self.training.preview_every
-        return min(self.training.iterations, (self.state.progress.iteration // every + 1) * every)
+        return min(self.training.iterations, (self._looked // every + 1) * every)
 
     @property
     def _total(self) -> int:

@@ -32,6 +32,15 @@ NODES = {
     ),
     "DRMTracePlot": ("DRM Trace Plot", ["trace", "item", "scores", "width", "height", "latent"], ["IMAGE"]),
     "DRMDemoCLIPLoader": ("DRM Demo CLIP Loader", ["clip_name"], ["CLIP"]),
+    "StepGRPOLoRATrainer": (
+        "Step-GRPO LoRA Trainer",
+        (
+            "model drm clip prompts width height steps cfg method num_branches prompts_per_iteration"
+            " iterations learning_rate rank alpha kl_weight noise_level seed save_every preview_every"
+            " ema_decay name lora_name vae held_out_drm"
+        ).split(),
+        ["MODEL", "LORA_MODEL", "LOSS_MAP", "INT", "IMAGE", "STRING"],
+    ),
 }
 
 
@@ -102,7 +111,7 @@ def test_graphs_are_offered_as_templates(server):
         pytest.fail(str(error))
     graphs = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert set(templates["ComfyUI-DRM"]) == graphs
-    assert graphs == {"stepwise_sampling", "score_latents", "stepwise_custom_sampler"}
+    assert graphs == {"stepwise_sampling", "score_latents", "stepwise_custom_sampler", "step_grpo_finetune"}
 
 
 STARTUP = """

@@ -118,6 +118,25 @@ def test_going_on_equals_never_stopped(inside, output, method):
     assert all(torch.equal(parts[1][name], whole[1][name]) for name in whole[1])
 
 
+def test_cancel_in_a_look_looks_again(inside, output, pack):
+    import comfy.model_management as mm
+
+    run, settings = pack.module("nodes.grpo_run").Run, {"iterations": 4}
+    whole = train(inside, name="whole", **settings)
+
+    def cancelled(self):
+        raise mm.InterruptProcessingException
+
+    for at in (2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "_look", cancelled)
+            with pytest.raises(mm.InterruptProcessingException):
+                train(inside, name=f"at{at}", **settings | {"preview_every": at})
+    parts = [train(inside, name=f"at{at}", **settings) for at in (2, 4)]
+    assert all(torch.equal(parts[0][1][name], whole[1][name]) for name in whole[1])
+    assert all(part[2] == whole[2] for part in parts)
+
+
 def test_cancel_keeps_what_was_learned(inside, output, clean, caplog):
     import comfy.model_management as mm
 
