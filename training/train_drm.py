@@ -127,15 +127,16 @@ class Trainer:
             if self.accelerator.is_main_process:
                 cut_log(self.out / "log.jsonl", 0)
             return 0
-        facts = checkpoints.restore(
-            folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
-        )
-        if facts["run"] != self._identity():
-            differs = first_difference(facts["run"], self._identity())
+        run = checkpoints.facts_of(folder).get("run", {})
+        if run != self._identity():  # before anything of another shape is put into this model
+            differs = first_difference(run, self._identity())
             raise TrainingError(
                 f"{self.out} holds a run of another configuration ({differs} differs): give train.out another"
                 " folder, or delete that one to start anew"
             )
+        facts = checkpoints.restore(
+            folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
+        )
         if self.accelerator.is_main_process:
             cut_log(self.out / "log.jsonl", facts["step"])
             cut_log(self.out / "evaluation.jsonl", facts["step"] + 1)

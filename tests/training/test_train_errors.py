@@ -113,6 +113,7 @@ def test_a_folder_that_holds_another_run(files: Path, tmp_path: Path):
     train(make_config(files, out=str(tmp_path / "run"), steps=2))
     before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert "train.learning_rate differs" in fails(files, tmp_path, "train.learning_rate=0.5")
+    assert "model.head_hidden differs" in fails(files, tmp_path, "model.head_hidden=32")
     assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
 
 
