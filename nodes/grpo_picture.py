@@ -46,12 +46,12 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     return sheet
 
 
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures side by side, the right one made as high as the left."""
-    right = right.resize((max(1, round(right.width * left.height / right.height)), left.height))
-    sheet = Image.new("RGB", (left.width + right.width, left.height), PAPER)
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width, 0))
+def stacked(top: Image.Image, bottom: Image.Image) -> Image.Image:
+    """One picture above another, the lower one made as wide as the upper."""
+    bottom = bottom.resize((top.width, max(1, round(bottom.height * top.width / bottom.width))))
+    sheet = Image.new("RGB", (top.width, top.height + bottom.height), PAPER)
+    sheet.paste(top, (0, 0))
+    sheet.paste(bottom, (0, top.height))
     return sheet
 
 
@@ -69,7 +69,7 @@ def draw_curve(
     rewards: Sequence[float],
     held_out: Sequence[tuple[int, float]],
     iterations: int,
-    size: tuple[int, int] = (480, 288),
+    size: tuple[int, int] = (560, 300),
 ) -> Image.Image:
     """Reward of every iteration with its running mean, and below it the held-out score on a scale of its
     own.

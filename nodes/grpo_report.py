@@ -19,7 +19,7 @@ def show(run: Run, line: str, vae: object | None) -> None:
         return
     pictures = pictures_of(run.latest, vae)[:4]
     curve = grpo_picture.draw_curve(run.state.progress.rewards, run.held_out, run.training.iterations)
-    sheet = grpo_picture.beside(curve, grpo_picture.grid([(line.split(",")[0], pictures)]))
+    sheet = grpo_picture.stacked(curve, grpo_picture.grid([(line.split(",")[0], pictures)]))
     run.show_picture(("JPEG", sheet, None))
 
 

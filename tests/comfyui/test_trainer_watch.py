@@ -67,6 +67,6 @@ def test_curve_is_drawn_from_its_numbers(pack):
     draw = pack.module("nodes.grpo_picture").draw_curve
     rising = draw([0.0, 1.0, 2.0], [(0, 0.0), (3, 1.0)], 3)
     falling = draw([2.0, 1.0, 0.0], [(0, 1.0), (3, 0.0)], 3)
-    assert rising.size == (480, 288)
+    assert rising.size == (560, 300)
     assert rising.tobytes() != falling.tobytes()
-    assert draw([], [], 3).size == draw([1.0], [(0, 1.0)], 1).size == (480, 288)
+    assert draw([], [], 3).size == draw([1.0], [(0, 1.0)], 1).size == (560, 300)
