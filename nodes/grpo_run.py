@@ -173,13 +173,15 @@ class Run:
     def line(self) -> str:
         """Where the run stands."""
         progress, total = self.state.progress, self.training.iterations
-        left = (time.monotonic() - self.began) / max(1, self.done_here) * (total - progress.iteration)
         words = [f"iteration {progress.iteration} of {total}"]
         if progress.rewards:
             words += [f"reward {progress.rewards[-1]:+.3f}", f"KL {progress.kl[-1]:.2g}"]
         if progress.watch.looks:
             words.append(f"held-out {progress.watch.looks[-1].held_out:+.3f}")
-        return ", ".join([*words, f"{int(left) // 60} min {int(left) % 60:02d} s left"])
+        if self.done_here:
+            left = int((time.monotonic() - self.began) / self.done_here * (total - progress.iteration))
+            words.append(f"{left // 60} min {left % 60:02d} s left")
+        return ", ".join(words)
 
     @property
     def held_out(self) -> list[tuple[int, float]]:
