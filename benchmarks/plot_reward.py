@@ -45,7 +45,9 @@ def main() -> None:
         with_interval(grid[0, 1], CENTRES, rows[f"{kept} blocks"]["by_sigma"], f"{kept} of 4 blocks")
     panel(grid[0, 1], "Blocks kept, one seed", "sigma")
     for name, points in studies["curves"].items():
-        grid[1, 0].plot([seen / 1000 for seen, _ in points], [value for _, value in points], marker="o", label=name)
+        grid[1, 0].plot(
+            [seen / 1000 for seen, _ in points], [value for _, value in points], marker="o", label=name
+        )
     panel(grid[1, 0], "What is trained (192 held-out pairs on the way)", "thousand pairs seen")
     for name, cells in tastes["tastes"].items():
         with_interval(grid[1, 1], [int(size) for size in cells], list(cells.values()), name)

@@ -1,0 +1,119 @@
+"""The table and the picture of benchmarks.step_grpo's runs.
+
+    python -m benchmarks.step_grpo_report --runs runs/grpo --seeds 0 1 2
+
+For each way and seed: updates, passes and seconds until the held-out reward is what GRPO with the same seed
+ends with, as a share of what GRPO took; and the independent judge and the diversity there. Seconds were
+measured while the machine did other work, side by side in one run for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+from benchmarks.step_grpo import Setting
+from training.shards import replace_atomically
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+WAYS = (("grpo", 4), ("step-grpo", 2), ("step-grpo", 4), ("step-grpo", 6))
+
+
+def reached(rows: list[dict], level: float, name: str) -> float | None:
+    """`name` of the row where the reward first is `level`, between two rows in proportion; None if never."""
+    for before, after in itertools.pairwise(rows):
+        if after["drm"] >= level:
+            share = max(0.0, (level - before["drm"]) / (after["drm"] - before["drm"]))
+            return before[name] + share * (after[name] - before[name])
+    return None
+
+
+def compare(runs: dict[tuple[str, int], list[dict]]) -> dict[str, dict]:
+    """Of one seed: how much of GRPO's updates, passes and seconds each way took, and what else it gave
+    there.
+    """
+    baseline = runs[WAYS[0]]
+    level, found = baseline[-1]["drm"], {}
+    for (way, k), rows in runs.items():
+        names = ("updates", "passes", "seconds", "judge", "diversity")
+        at = {name: reached(rows, level, name) for name in names}
+        if at["passes"] is None:
+            continue
+        found[f"{way} {k}"] = {
+            "level": level,
+            **{f"{n}_saved": baseline[-1][n] / at[n] for n in ("updates", "passes", "seconds") if at[n]},
+            "judge_change": at["judge"] - rows[0]["judge"],
+            "diversity_change": at["diversity"] / rows[0]["diversity"] - 1,
+        }
+    return found
+
+
+def spread(values: list[float]) -> list[float]:
+    """Mean, least and most over seeds."""
+    return [float(np.mean(values)), float(min(values)), float(max(values))]
+
+
+def draw(all_runs: list[dict[tuple[str, int], list[dict]]], out: Path) -> None:
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    axes = {
+        ("passes", "drm"): grid[0, 0],
+        ("seconds", "drm"): grid[0, 1],
+        ("drm", "judge"): grid[1, 0],
+        ("drm", "diversity"): grid[1, 1],
+    }
+    for index, way in enumerate(WAYS):
+        for (x, y), place in axes.items():
+            for number, runs in enumerate(all_runs):
+                label = f"{way[0]}, {'k' if way[0] != 'grpo' else 'G'} = {way[1]}" if number == 0 else None
+                rows = runs[way]
+                xs, ys = [row[x] for row in rows], [row[y] for row in rows]
+                place.plot(xs, ys, color=f"C{index}", alpha=0.8, marker=".", label=label)
+    names = {"drm": "held-out reward", "judge": "independent judge", "passes": "forward-backward passes"}
+    for (x, y), place in axes.items():
+        place.set_xlabel(names.get(x, x))
+        place.set_ylabel(names.get(y, y))
+        place.grid(alpha=0.3)
+    grid[0, 0].legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/grpo"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--prompts", default="unseen")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/step_grpo.json"))
+    args = parser.parse_args()
+    all_runs = []
+    for seed in args.seeds:
+        settings = {
+            way: Setting(way=way[0], k=way[1], rate=args.rate, seed=seed, updates=0, prompts=args.prompts)
+            for way in WAYS
+        }
+        all_runs.append(
+            {way: json.loads((args.runs / f"{s.name}.json").read_text()) for way, s in settings.items()}
+        )
+    compared = [compare(runs) for runs in all_runs]
+    table = {}
+    for name in compared[0]:
+        cells = [seed[name] for seed in compared if name in seed]
+        table[name] = {"seeds": len(cells)} | {key: spread([c[key] for c in cells]) for key in cells[0]}
+        print(
+            name, {key: [round(v, 3) for v in value] for key, value in table[name].items() if key != "seeds"}
+        )
+    runs = {f"{way} {k}": [seed[way, k] for seed in all_runs] for way, k in WAYS}
+    result = {"rate": args.rate, "prompts": args.prompts, "table": table, "runs": runs}
+    replace_atomically(args.results, lambda path: path.write_text(json.dumps(result)))
+    draw(all_runs, Path("docs/step_grpo.png"))
+
+
+if __name__ == "__main__":
+    main()
