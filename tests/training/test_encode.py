@@ -1,6 +1,7 @@
 """The encode pass on real files: what it writes, that stopping it changes nothing, and how it fails."""
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -99,8 +100,21 @@ def start(config, folder, name="output.txt", **environment):
 
 
 def contents(folder):
-    """Every file below the folder but the plan's, whose rows name paths."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    """sha256 of every file in the folder but the plan's, whose rows name paths."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in Path(folder).iterdir()
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes these runs are compared with: more threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
