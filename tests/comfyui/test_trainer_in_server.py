@@ -137,7 +137,8 @@ def test_a_killed_server_goes_on(tmp_path, stop):
     assert 1 <= done < 6
     with ComfyServer(tmp_path) as server:
         went_on = succeeded(server.run(graph)).outputs["7"]["text"][0]
-        assert f"went on after iteration {done}" in went_on
+        # killed between its two files, the LoRA is one iteration ahead of what is gone on from
+        assert any(f"went on after iteration {n} of" in went_on for n in (done, done - 1) if n)
         resumed = load_file(path)
         path.with_suffix(".resume").unlink()
         graph["7"]["inputs"]["save_every"] = 6  # or the server would take the result from its cache
