@@ -27,6 +27,7 @@ from drm.head import ConvHead
 from training.batches import Batch, Mixture, Share, TrainingBatches
 from training.config import ModelConfig
 from training.network import make_trainable
+from training.saved_bytes import kept_for_backward
 from training.shards import EncodedPairs, replace_atomically
 
 GIB = 2**30
@@ -66,29 +67,10 @@ def inputs(config: BackboneConfig, pairs: int, size: int, device: str) -> tuple[
     )
 
 
-def kept_for_backward(config: BackboneConfig, part: str, checkpointing: bool, pairs: int, size: int) -> int:
-    """Bytes autograd keeps from one forward pass, each storage once, weights left out."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def kept(config: BackboneConfig, part: str, checkpointing: bool, pairs: int, size: int) -> int:
+    """Bytes autograd keeps from one forward pass of so many pairs."""
     drm = network(config, part, checkpointing, "meta")
-    with FakeTensorMode():
-        named = {**dict(drm.named_parameters()), **dict(drm.named_buffers())}
-        state = {
-            name: torch.empty(value.shape, dtype=value.dtype).requires_grad_(value.requires_grad)
-            for name, value in named.items()
-        }
-        weights = {value.untyped_storage()._cdata for value in state.values()}
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in weights:
-                kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16):
-            torch.func.functional_call(drm, state, inputs(config, pairs, size, "cpu"))
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return kept_for_backward(drm, lambda: inputs(config, pairs, size, "cpu"), half=True)
 
 
 def computed(
@@ -98,10 +80,10 @@ def computed(
     drm = network(config, part, checkpointing, "meta")
     weights = sum(p.numel() * p.element_size() for p in itertools.chain(drm.parameters(), drm.buffers()))
     learned = sum(p.numel() * 4 for p in drm.parameters() if p.requires_grad)
-    one, two = (kept_for_backward(config, part, checkpointing, pairs, size) for pairs in (1, 2))
+    one, two = (kept(config, part, checkpointing, pairs, size) for pairs in (1, 2))
     pair, fixed = two - one, 2 * one - two  # fixed: weights autocast to bfloat16
     if checkpointing and part != "head":
-        whole = [kept_for_backward(config, part, False, pairs, size) for pairs in (1, 2)]
+        whole = [kept(config, part, False, pairs, size) for pairs in (1, 2)]
         pair += (whole[1] - whole[0]) / config.num_kept
         fixed += max(0, 2 * whole[0] - whole[1]) / config.num_kept
     return {

@@ -245,8 +245,7 @@ def step_grpo(
     on_step: Callable[[int, int], object] | None = None,
 ) -> Figures:
     """One on-policy roll-out of Step-GRPO that learns as it goes: at every step of the window one velocity
-    with
-    gradients, k candidates, their rewards, and `backward` of the loss divided by the steps learned from.
+    with gradients, k candidates, their rewards, and `backward` of the loss divided by the steps learned from.
 
     noise: (B, C, H, W) at sigmas[0]; sigmas (N + 1,) falling to 0; items: numbers of the noise streams, (B,).
     score: (candidates (n, C, H, W), sigma_next, item_index (n,)) -> (n,). reference: the frozen policy,
@@ -283,8 +282,7 @@ def walk(
     policy: Policy, noise: Tensor, sigmas: Tensor, settings: GRPOSettings, *, seed: int, items: Sequence[int]
 ) -> tuple[Tensor, list[Transitions]]:
     """Trajectories to the end without gradients: the clean latents (B, C, H, W), and every step of the window
-    with
-    its one candidate and advantages still 0. Steps outside the window are Euler steps.
+    with its one candidate and advantages still 0. Steps outside the window are Euler steps.
     """
     _check_rollout(noise, sigmas, items)
     x, steps, path = noise.float(), len(sigmas) - 1, []
@@ -313,8 +311,7 @@ def grpo(
     on_step: Callable[[int, int], object] | None = None,
 ) -> Figures:
     """One on-policy iteration of GRPO. noise: (B, C, H, W) with the G = num_branches trajectories of a prompt
-    side
-    by side; the rest as `step_grpo`. Scores the clean latents at sigma 0 and gives every step its
+    side by side; the rest as `step_grpo`. Scores the clean latents at sigma 0 and gives every step its
     trajectory's advantage.
     """
     if len(noise) % settings.num_branches:

@@ -24,6 +24,7 @@ from training.config import ConfigError
 from training.grpo_config import StepGRPOConfig, read_step_grpo
 from training.network import LORA_TARGETS
 from training.policy import Policy
+from training.saved_bytes import kept_for_backward
 
 GIB = 2**30
 CLIP_TOKENS = 77
@@ -65,33 +66,17 @@ def size_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def kept_for_backward(policy: Policy, latents: int, side: int, tokens: int) -> int:
-    """Bytes autograd keeps from one forward pass, each storage once, weights left out."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def kept(policy: Policy, latents: int, side: int, tokens: int) -> int:
+    """Bytes autograd keeps from one forward pass of so many latents."""
     config = policy.transformer.config
-    with FakeTensorMode():
-        named = {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
-        state = {
-            name: torch.empty(value.shape, dtype=value.dtype).requires_grad_(value.requires_grad)
-            for name, value in named.items()
-        }
-        weights = {value.untyped_storage()._cdata for value in state.values()}
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in weights:
-                kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        x = torch.empty(latents, config.in_channels, side, side)
-        embeds = torch.empty(latents, tokens, config.joint_attention_dim)
-        pooled = torch.empty(latents, config.pooled_projection_dim)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.func.functional_call(
-                _Velocity(policy), {f"policy.{k}": v for k, v in state.items()}, (x, embeds, pooled)
-            )
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return kept_for_backward(
+        _Velocity(policy),
+        lambda: (
+            torch.empty(latents, config.in_channels, side, side),
+            torch.empty(latents, tokens, config.joint_attention_dim),
+            torch.empty(latents, config.pooled_projection_dim),
+        ),
+    )
 
 
 class _Velocity(nn.Module):
@@ -114,11 +99,11 @@ def forecast(config: StepGRPOConfig, shape: dict | None = None) -> dict[str, flo
     latents = rollout.micro_prompts * each
     policy = meta_policy(shape, model.lora_rank, half=half, checkpointing=model.gradient_checkpointing)
     learned = sum(p.numel() for p in policy.learned.values())
-    one, two = (kept_for_backward(policy, n, side, tokens) for n in (1, 2))
+    one, two = (kept(policy, n, side, tokens) for n in (1, 2))
     each_latent, fixed = two - one, max(0, 2 * one - two)
     if model.gradient_checkpointing:
         whole = meta_policy(shape, model.lora_rank, half=half, checkpointing=False)
-        w_one, w_two = (kept_for_backward(whole, n, side, tokens) for n in (1, 2))
+        w_one, w_two = (kept(whole, n, side, tokens) for n in (1, 2))
         each_latent += (w_two - w_one) / shape["num_layers"]
     with torch.device("meta"):
         reward = TruncatedSD3(sd35_medium_config()).to(torch.bfloat16 if half else torch.float32)

@@ -11,6 +11,7 @@ from drm.comfy_layout import PREFIX, to_comfy_layout
 from tests.tiny import tiny_transformer
 from training import shards
 from training.config import DataConfig, DRMConfig, ModelConfig, TrainConfig
+from training.grpo_config import StepGRPOConfig
 
 LATENT = (16, 4, 4)
 
@@ -94,7 +95,7 @@ def make_config(folder: Path, *, model: dict | None = None, data: dict | None = 
     )
 
 
-def write_yaml(config: DRMConfig, path: Path) -> Path:
+def write_yaml(config: DRMConfig | StepGRPOConfig, path: Path) -> Path:
     """The configuration as the file a person writes."""
 
     def plain(value: object) -> object:

@@ -1,10 +1,8 @@
 """A small family, prompts and their embeddings, for tests of Step-GRPO's command: made in a second."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 from PIL import Image
 
 from drm.grpo import GRPOSettings
@@ -100,15 +98,3 @@ def make_config(
             }
         ),
     )
-
-
-def write_yaml(config: StepGRPOConfig, path: Path) -> Path:
-    """The configuration as the file a person writes."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if item is not None}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    path.write_text(yaml.safe_dump(plain(asdict(config))))
-    return path

@@ -12,7 +12,7 @@ from tests.training.fine_tuning import make_config
 from tests.training.sd3_folder import _vae
 from training.decoders import DecoderError, load_decoder
 from training.demo import rival
-from training.grpo_cost import forecast, kept_for_backward, meta_policy
+from training.grpo_cost import forecast, kept, meta_policy
 from training.grpo_evaluation import diversity, draw, grid
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -104,8 +104,8 @@ def test_the_memory_forecast_counts_what_is_there(tmp_path: Path):
     assert (found["passes with gradients"], found["passes without"]) == (5 * 3, 5 * 3 * 3)
     assert found["scored"] == 5 * 3 * 3
     alone = meta_policy(SHAPE, 4, half=False, checkpointing=False)
-    one, two = (kept_for_backward(alone, n, 4, 77 + 256) for n in (1, 2))
+    one, two = (kept(alone, n, 4, 77 + 256) for n in (1, 2))
     expected = max(0, 2 * one - two) + 5 * (two - one)
     assert found["kept for the backward pass"] * 2**30 == pytest.approx(expected)
     light = meta_policy(SHAPE, 4, half=False, checkpointing=True)
-    assert kept_for_backward(light, 1, 4, 77 + 256) < one / 3
+    assert kept(light, 1, 4, 77 + 256) < one / 3

@@ -11,7 +11,8 @@ from drm.head import ConvHead
 from drm.lora import save_lora
 from drm.model import DRM
 from tests.tiny import tiny_drm
-from tests.training.fine_tuning import make_config, write_family, write_yaml
+from tests.training.encoded import write_yaml
+from tests.training.fine_tuning import make_config, write_family
 from tests.training.processes import command, log_lines
 
 
