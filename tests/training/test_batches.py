@@ -89,6 +89,15 @@ def test_both_sides_of_a_pair_share_noise_and_sigma(pairs: EncodedPairs):
     assert not torch.allclose(one[0], one[1], atol=0.1)
 
 
+def test_every_step_draws_noise_of_its_own(pairs: EncodedPairs):
+    data, noise = batches(pairs, sigma=(0.5, 1.0)), []
+    for step in (0, 1):
+        clean = pairs.latents(pairs.columns["chosen"][data.rows(step)].tolist())
+        sigma = data[step].sigma.reshape(-1, 1, 1, 1)
+        noise.append((data[step].noisy.chunk(2)[0] - (1 - sigma) * clean) / sigma)
+    assert torch.corrcoef(torch.stack([noise[0].flatten(), noise[1].flatten()]))[0, 1].abs() < 0.1
+
+
 def test_starting_later_continues_the_same_batches(pairs: EncodedPairs):
     whole, later = batches(pairs), batches(pairs, start=4)
     assert len(later) == 2
