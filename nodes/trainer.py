@@ -7,10 +7,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..drm.lora import load_lora
-from . import adapters, folders, grpo_report
-from .grpo_inputs import METHODS, Training, read_prompts
-from .grpo_learner import Models
-from .grpo_run import Run
+from . import adapters, folders
+from .grpo import report
+from .grpo.inputs import METHODS, Training, read_prompts
+from .grpo.learner import Models
+from .grpo.run import Run
 from .loader import DRMModel
 from .sampler import MAX_SEED
 from .score import show_on_node
@@ -56,15 +57,13 @@ class StepGRPOLoRATrainer(io.ComfyNode):
         with torch.inference_mode(False), torch.enable_grad():
             run = prepare(training, model, drm, held_out_drm or drm, clip, lora_name, vae)
             tensors = run.train()
-            image = grpo_report.before_and_after(run, vae)
-        text = grpo_report.report(run)
+            image = report.before_and_after(run, vae)
+        text = report.report(run)
         show_on_node(text)
         trained, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
         rewards = run.state.progress.rewards
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(
-            trained, tensors, grpo_report.loss_map(rewards), len(rewards), image, text, ui=shown
-        )
+        return io.NodeOutput(trained, tensors, report.loss_map(rewards), len(rewards), image, text, ui=shown)
 
 
 def training_inputs() -> list[io.Input]:
@@ -244,4 +243,4 @@ def prepare(
         negative=adapters.encode_prompt(clip, ""),
         lora=lora,
     )
-    return Run(training, models, lambda run, line: grpo_report.show(run, line, vae))
+    return Run(training, models, lambda run, line: report.show(run, line, vae))

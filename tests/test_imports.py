@@ -128,7 +128,7 @@ def words(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_only_adapters_turn_comfyui_objects_into_drm_tensors():
     used = {
-        path.name: [
+        str(path.relative_to(ROOT / "nodes")): [
             f"{line}: {word}" for line, word in words(ast.parse(path.read_text())) if word in ADAPTERS_ONLY
         ]
         for path in source_files("nodes")

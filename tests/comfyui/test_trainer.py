@@ -121,7 +121,7 @@ def test_going_on_equals_never_stopped(inside, output, method):
 def test_cancel_in_a_look_looks_again(inside, output, pack):
     import comfy.model_management as mm
 
-    run, settings = pack.module("nodes.grpo_run").Run, {"iterations": 4}
+    run, settings = pack.module("nodes.grpo.run").Run, {"iterations": 4}
     whole = train(inside, name="whole", **settings)
 
     def cancelled(self):
@@ -186,7 +186,7 @@ def test_out_of_memory_takes_smaller_parts(inside, output, clean):
 
 
 def test_recomputed_blocks_give_the_same_lora(inside, output, clean, pack):
-    policy = pack.module("nodes.grpo_policy").Policy
+    policy = pack.module("nodes.grpo.policy").Policy
     plain = train(inside, name="plain", iterations=1)[1]
     original = policy.__init__
 
@@ -224,7 +224,7 @@ def test_memory_forecast_stops_before_time_is_spent(inside, output, clean, pack,
 
 
 def test_memory_forecast_is_near_the_truth(inside, pack):
-    preflight, policies = pack.module("nodes.grpo_preflight"), pack.module("nodes.grpo_policy")
+    preflight, policies = pack.module("nodes.grpo.preflight"), pack.module("nodes.grpo.policy")
     lora = pack.module("drm.lora")
     network = inside.model.model.diffusion_model
     found = []
@@ -310,7 +310,7 @@ def test_one_iteration_gives_a_curve_the_stock_graph_can_draw(inside, output):
 
 
 def test_full_disk_costs_the_file_only(inside, output, pack, monkeypatch):
-    run = pack.module("nodes.grpo_run")
+    run = pack.module("nodes.grpo.run")
 
     def full(*_):
         raise OSError(28, "No space left on device")

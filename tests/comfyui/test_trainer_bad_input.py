@@ -60,7 +60,7 @@ def test_sentence(inside, folder, changes, words):
 
 
 def test_prompts_of_a_file(pack, folder):
-    read = pack.module("nodes.grpo_inputs").read_prompts
+    read = pack.module("nodes.grpo.inputs").read_prompts
     (folder / "mine.txt").write_bytes("\ufeffred heart\r\n\r\n  blue car \nred heart\n".encode())
     assert read("mine.txt\n") == ["red heart", "blue car"]
     (folder / "latin.txt").write_bytes(b"caf\xe9")

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def watch(pack):
-    return pack.module("nodes.grpo_watch")
+    return pack.module("nodes.grpo.watch")
 
 
 def follow(watch, points, patience=2):
@@ -47,7 +47,7 @@ def test_diversity_is_the_mean_distance(watch):
 
 
 def test_smooth_forgets(pack):
-    smooth = pack.module("nodes.grpo_picture").smooth
+    smooth = pack.module("nodes.grpo.picture").smooth
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smooth([1.0, 3.0], weight=0.5) == pytest.approx([1.0, (0.5 * 1 + 3) / 1.5])
 
@@ -55,7 +55,7 @@ def test_smooth_forgets(pack):
 def test_grid_lays_pictures_in_rows(pack):
     from PIL import Image
 
-    picture = pack.module("nodes.grpo_picture")
+    picture = pack.module("nodes.grpo.picture")
     red, blue = (Image.new("RGB", (10, 6), colour) for colour in ("red", "blue"))
     sheet = picture.grid([("before", [red, blue]), ("after", [blue, red])])
     assert sheet.size == (2 * 14 + 4, 2 * 32)
@@ -64,7 +64,7 @@ def test_grid_lays_pictures_in_rows(pack):
 
 
 def test_curve_is_drawn_from_its_numbers(pack):
-    draw = pack.module("nodes.grpo_picture").draw_curve
+    draw = pack.module("nodes.grpo.picture").draw_curve
     rising = draw([0.0, 1.0, 2.0], [(0, 0.0), (3, 1.0)], 3)
     falling = draw([2.0, 1.0, 0.0], [(0, 1.0), (3, 0.0)], 3)
     assert rising.size == (560, 300)

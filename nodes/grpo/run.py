@@ -10,13 +10,13 @@ import comfy.model_management as mm
 import comfy.utils
 from torch import Tensor, nn
 
-from ..drm.lora import save_lora
-from .grpo_files import run_id, settings_of, weights_hash
-from .grpo_inputs import Training, lora_path
-from .grpo_learner import Learner, Models, Pictures
-from .grpo_policy import Policy, within_sampling
-from .grpo_watch import Look
-from .score import show_on_node
+from ...drm.lora import save_lora
+from ..score import show_on_node
+from .files import run_id, settings_of, weights_hash
+from .inputs import Training, lora_path
+from .learner import Learner, Models, Pictures
+from .policy import Policy, within_sampling
+from .watch import Look
 
 SECONDS_BETWEEN_SAVES = 60.0
 

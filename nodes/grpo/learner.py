@@ -18,15 +18,15 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ..drm.grpo import Figures, grpo, step_grpo
-from ..drm.lora import Adapters, comfy_targets
-from . import adapters as comfy_adapters
-from . import grpo_preflight
-from .grpo_files import Progress, State
-from .grpo_inputs import PICTURES, Training
-from .grpo_policy import Policy
-from .grpo_watch import Watch, diversity
-from .score import score_latents
+from ...drm.grpo import Figures, grpo, step_grpo
+from ...drm.lora import Adapters, comfy_targets
+from .. import adapters as comfy_adapters
+from ..score import score_latents
+from . import preflight
+from .files import Progress, State
+from .inputs import PICTURES, Training
+from .policy import Policy
+from .watch import Watch, diversity
 
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5)
 MASK = 0xFFFFFFFFFFFFFFFF
@@ -88,16 +88,16 @@ class Learner:
         """The pre-flight, one line a check; ValueError for the first that fails."""
         training, item = self.training, 0
         prompt = self.prompt(item)
-        yield grpo_preflight.check_variance(self.sigmas, training)
+        yield preflight.check_variance(self.sigmas, training)
         noise = self.noise([item] * training.group)
         length = self.models.prompts[prompt][0][0].shape[1]
         values = sum(parameter.numel() for parameter in self.adapters.parameters())
-        yield grpo_preflight.check_memory(policy, prompt, noise, length, values, training)
+        yield preflight.check_memory(policy, prompt, noise, length, values, training)
         walked = policy.of(prompt), noise, self.sigmas, training
-        yield self.sparing(policy, lambda: grpo_preflight.check_ratio(*walked))
+        yield self.sparing(policy, lambda: preflight.check_ratio(*walked))
         summary = self.sparing(policy, lambda: self.roll_out(policy, item).summary())
         gradients = [parameter.grad for parameter in self.adapters.parameters()]
-        yield grpo_preflight.check_learning(summary, gradients, training)
+        yield preflight.check_learning(summary, gradients, training)
         self.state.optimizer.zero_grad(set_to_none=True)
 
     def iterate(self, policy: Policy) -> dict[str, float]:

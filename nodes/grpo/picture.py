@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .trace_picture import CANDIDATE, CHOSEN, GRID, INK, OVERSAMPLE, PAPER, round_ticks
+from ..trace_picture import CANDIDATE, CHOSEN, GRID, INK, OVERSAMPLE, PAPER, round_ticks
 
 GAP, LABEL = 4, 22
 

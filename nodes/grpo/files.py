@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .grpo_inputs import Training
-from .grpo_watch import Watch
+from .inputs import Training
+from .watch import Watch
 
 if TYPE_CHECKING:
-    from ..drm.lora import Adapters
+    from ...drm.lora import Adapters
 
 # What may change between two runs of one training: how long it goes on and how often one looks.
 FREE = ("iterations", "save_every", "preview_every", "name")
@@ -70,7 +70,7 @@ class State:
         return found
 
     def save(self, path: Path) -> None:
-        from ..drm.lora import save_tensors
+        from ...drm.lora import save_tensors
 
         header = {"kind": STATE, "progress": json.dumps(dataclasses.asdict(self.progress))}
         save_tensors({name: tensor.cpu() for name, tensor in self.tensors().items()}, path, header)

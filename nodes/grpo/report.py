@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import adapters, grpo_picture
-from .grpo_learner import Pictures
-from .grpo_run import Run
-from .score import show_on_node
+from .. import adapters
+from ..score import show_on_node
+from . import picture
+from .learner import Pictures
+from .run import Run
 
 
 def show(run: Run, line: str, vae: object | None) -> None:
@@ -18,19 +19,19 @@ def show(run: Run, line: str, vae: object | None) -> None:
     if run.latest is None:
         return
     pictures = pictures_of(run.latest, vae)[:4]
-    curve = grpo_picture.draw_curve(run.state.progress.rewards, run.held_out, run.training.iterations)
-    sheet = grpo_picture.stacked(curve, grpo_picture.grid([(line.split(",")[0], pictures)]))
+    curve = picture.draw_curve(run.state.progress.rewards, run.held_out, run.training.iterations)
+    sheet = picture.stacked(curve, picture.grid([(line.split(",")[0], pictures)]))
     run.show_picture(("JPEG", sheet, None))
 
 
 def pictures_of(pictures: Pictures, vae: object | None) -> list[Image.Image]:
-    return grpo_picture.to_pictures(torch.cat(pictures.latents), adapters.LATENT_FORMAT, vae)
+    return picture.to_pictures(torch.cat(pictures.latents), adapters.LATENT_FORMAT, vae)
 
 
 def before_and_after(run: Run, vae: object | None) -> Tensor:
     """The grid as an IMAGE (1, H, W, 3): the prompts kept aside, from equal noise."""
     before, after = (pictures_of(found, vae) for found in (run.before, run.best))
-    return grpo_picture.to_image(grpo_picture.grid([("before", before), ("after", after)]))
+    return picture.to_image(picture.grid([("before", before), ("after", after)]))
 
 
 def loss_map(rewards: list[float]) -> dict[str, list[float]]:

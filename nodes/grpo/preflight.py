@@ -12,8 +12,8 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
-from .grpo_inputs import Training
-from .grpo_policy import Policy, graph_bytes
+from .inputs import Training
+from .policy import Policy, graph_bytes
 
 LEAST_STD, MOST_STD = 0.7, 1.5
 GB = 1 << 30
@@ -22,7 +22,7 @@ BYTES_A_VALUE = 12
 
 
 def check_variance(sigmas: Tensor, training: Training) -> str:
-    from ..drm.grpo import std_against_ode
+    from ...drm.grpo import std_against_ode
 
     settings = training.settings
     ratio = std_against_ode(sigmas.cpu(), settings.noise_level, settings.kind)[-1]
@@ -37,8 +37,8 @@ def check_variance(sigmas: Tensor, training: Training) -> str:
 
 def check_ratio(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Tensor, training) -> str:
     """Walks the first step twice, without and with gradients."""
-    from ..drm.branching import branch_candidates
-    from ..drm.sde import transition, transition_log_prob
+    from ...drm.branching import branch_candidates
+    from ...drm.sde import transition, transition_log_prob
 
     settings, sigma = training.settings, float(sigmas[0])
     step = sigmas[0], sigmas[1], settings.noise_level, settings.kind, sigmas[1]

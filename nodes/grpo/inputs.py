@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import folder_paths
 
-from .adapters import check_choice
+from ..adapters import check_choice
 
 if TYPE_CHECKING:
-    from ..drm.grpo import GRPOSettings
+    from ...drm.grpo import GRPOSettings
 
 METHODS = ["step-grpo", "grpo"]
 LARGEST_FILE = 4 << 20
@@ -99,7 +99,7 @@ class Training:
 
     @property
     def settings(self) -> "GRPOSettings":
-        from ..drm.grpo import GRPOSettings
+        from ...drm.grpo import GRPOSettings
 
         return GRPOSettings(
             method=self.method,
