@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.grpo_config import PromptsConfig
+from training.grpo.config import PromptsConfig
 from training.shards import replace_atomically
 
 if TYPE_CHECKING:

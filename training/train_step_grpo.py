@@ -42,10 +42,10 @@ from training.batches import Share, generator
 from training.benchmarks import file_sha256
 from training.config import ConfigError
 from training.decoders import DecoderError, load_decoder
-from training.grpo_config import StepGRPOConfig, read_step_grpo
-from training.grpo_evaluation import HeldOut, grid
-from training.grpo_figures import Tally
-from training.policy import build_policy, check_fit
+from training.grpo.config import StepGRPOConfig, read_step_grpo
+from training.grpo.evaluation import HeldOut, grid
+from training.grpo.figures import Tally
+from training.grpo.policy import build_policy, check_fit
 from training.prompts import PromptError, open_or_make, read_prompts
 from training.rivals import RivalError, load_rival
 from training.runs import TrainingError, cut_log, first_difference, make_accelerator

@@ -11,7 +11,7 @@ from drm.comfy_layout import PREFIX, to_comfy_layout
 from tests.tiny import tiny_transformer
 from training import shards
 from training.config import DataConfig, DRMConfig, ModelConfig, TrainConfig
-from training.grpo_config import StepGRPOConfig
+from training.grpo.config import StepGRPOConfig
 
 LATENT = (16, 4, 4)
 

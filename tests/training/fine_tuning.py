@@ -7,7 +7,7 @@ from PIL import Image
 
 from drm.grpo import GRPOSettings
 from tests.tiny import build_demo_family
-from training.grpo_config import (
+from training.grpo.config import (
     HeldOutConfig,
     OptimizerConfig,
     PolicyConfig,

@@ -8,8 +8,8 @@ import torch
 from drm.lora import LoRAFileError
 from tests.tiny import build_demo_family
 from training.base import load_transformer
-from training.grpo_config import PolicyConfig
-from training.policy import Policy, build_policy
+from training.grpo.config import PolicyConfig
+from training.grpo.policy import Policy, build_policy
 
 
 @pytest.fixture(scope="module")

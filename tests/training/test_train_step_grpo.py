@@ -11,8 +11,8 @@ from drm.lora import load_lora
 from tests.training.fine_tuning import HELD_OUT, WIDTH, embed, make_config, write_family
 from tests.training.processes import log_lines, numbers, train, train_and_kill
 from training.base import load_transformer
-from training.grpo_config import StepGRPOConfig
-from training.policy import build_policy
+from training.grpo.config import StepGRPOConfig
+from training.grpo.policy import build_policy
 
 FIGURES = ("rewards/mean", "rewards/std", "spread", "kl", "gated", "clipped", "ratio_error", "grad_norm")
 AGREE = ("loss", "rewards/mean", "rewards/std", "spread", "kl", "grad_norm")
@@ -264,7 +264,7 @@ def test_bfloat16_and_checkpointing_change_little(files: Path, reference: Path):
 
 
 def test_the_presets_can_be_read():
-    from training.grpo_config import read_step_grpo
+    from training.grpo.config import read_step_grpo
 
     folder = Path(__file__).parents[2] / "training" / "configs"
     paths = sorted(folder.glob("step_grpo_*.yaml"))

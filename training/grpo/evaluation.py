@@ -21,8 +21,8 @@ from torch import Tensor
 from drm import DRM, flow
 from training.batches import generator
 from training.decoders import Decode
-from training.grpo_config import HeldOutConfig, RolloutConfig
-from training.policy import Policy
+from training.grpo.config import HeldOutConfig, RolloutConfig
+from training.grpo.policy import Policy
 from training.prompts import PromptCache
 from training.rivals import Score
 

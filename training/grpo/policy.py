@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from drm import DRM
 from drm.lora import PREFIX, LoRAFileError
 from training.base import load_transformer
-from training.grpo_config import PolicyConfig
+from training.grpo.config import PolicyConfig
 from training.network import LORA_TARGETS
 from training.prompts import PromptCache
 from training.runs import TrainingError

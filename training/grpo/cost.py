@@ -1,6 +1,6 @@
 """What fine-tuning takes, computed and not measured: memory, and network passes of an iteration.
 
-    python -m training.grpo_cost --config training/configs/step_grpo_24gb.yaml
+    python -m training.grpo.cost --config training/configs/step_grpo_24gb.yaml
 
 Weights of policy and reward model, the LoRA with gradients, Adam's two moments and the averages, and for
 every latent of a micro-batch what autograd keeps for the backward pass, counted on fake tensors of the real
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from drm.backbone import TruncatedSD3, sd35_medium_config
 from training.config import ConfigError
-from training.grpo_config import StepGRPOConfig, read_step_grpo
+from training.grpo.config import StepGRPOConfig, read_step_grpo
+from training.grpo.policy import Policy
 from training.network import LORA_TARGETS
-from training.policy import Policy
 from training.saved_bytes import kept_for_backward
 
 GIB = 2**30
