@@ -11,7 +11,7 @@ projection, and only the two rows of the text modulation (scale and shift before
 image. The image tokens are those of the full model after that block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,13 +103,15 @@ def sd35_medium_config(num_kept: int = SD35_MEDIUM_KEPT) -> BackboneConfig:
 
 class Features(NamedTuple):
     """What a head may read: `tokens` (B, L, width) after the last kept block, the tapped image tokens
-    (B, L, width) and text tokens (B, T, width), and the time-text embedding `temb` (B, width).
+    (B, L, width) and text tokens (B, T, width), the time-text embedding `temb` (B, width), and the image
+    tokens after each block that was asked for.
     """
 
     tokens: Tensor
     image: list[Tensor]
     text: list[Tensor]
     temb: Tensor
+    after: tuple[Tensor, ...] = ()
 
 
 class TruncatedSD3(nn.Module):
@@ -165,12 +167,18 @@ class TruncatedSD3(nn.Module):
         return height // patch, width // patch
 
     def features(
-        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+        blocks: Sequence[int] = (),
     ) -> Features:
         """Tokens and taps in the backbone's dtype, image tokens row-major over the token grid.
 
         latents (B, C, H, W) in model space; timestep (B,) = 1000 sigma; prompt_embeds (B, T,
-        joint_attention_dim); pooled_prompt_embeds (B, pooled_projection_dim).
+        joint_attention_dim); pooled_prompt_embeds (B, pooled_projection_dim). blocks: after which, counted
+        from 1, the image tokens are wanted too.
         """
         self.token_grid(*latents.shape[-2:])
         dtype = self.dtype
@@ -179,6 +187,7 @@ class TruncatedSD3(nn.Module):
         context = self.context_embedder(prompt_embeds.to(dtype))
         image = [tokens] if 0 in self.config.image_taps else []
         text = [context] if 0 in self.config.text_taps else []
+        after = []
         for number, block in enumerate(self.transformer_blocks, start=1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 context, tokens = checkpoint(block, tokens, context, temb, use_reentrant=False)
@@ -188,7 +197,9 @@ class TruncatedSD3(nn.Module):
                 image.append(tokens)
             if number in self.config.text_taps:
                 text.append(context)
-        return Features(tokens, image, text, temb)
+            if number in blocks:
+                after.append(tokens)
+        return Features(tokens, image, text, temb, tuple(after))
 
     def forward(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor

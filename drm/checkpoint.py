@@ -3,11 +3,11 @@
 Safetensors metadata is text to text; ours is
     format   "drm-reward-model"
     version  "1"
-    header   JSON: architecture {backbone, head {kind, ...}}, sigma (convention), text_length, calibration,
-             shown (scale and offset of the score people see), sha256 of the weights, metadata (anything its
-             maker wrote)
-The weights are `backbone.*` in any float dtype and `head.*` in float32. The file is written beside its target
-and renamed, so a reader never sees half of one.
+    header   JSON: architecture {backbone, head {kind, ...}, early_heads {blocks: {kind, ...}} where there are
+             some}, sigma (convention), text_length, calibration, shown (scale and offset of the score people
+             see), sha256 of the weights, metadata (anything its maker wrote)
+The weights are `backbone.*` in any float dtype, `head.*` and `early_heads.<blocks>.*` in float32. The file is
+written beside its target and renamed, so a reader never sees half of one.
 """
 
 import contextlib
@@ -80,11 +80,11 @@ def save_drm(
         key: value.detach().to("cpu", dtype if key.startswith("backbone.") else None).contiguous()
         for key, value in drm.state_dict().items()
     }
+    architecture = {"backbone": drm.backbone.config.to_dict(), "head": drm.head.to_dict()}
+    if drm.early_heads:
+        architecture["early_heads"] = {blocks: head.to_dict() for blocks, head in drm.early_heads.items()}
     header = {
-        "architecture": {
-            "backbone": drm.backbone.config.to_dict(),
-            "head": drm.head.to_dict(),
-        },
+        "architecture": architecture,
         "sigma": SIGMA_CONVENTION,
         **{name: facts.pop(name, None) for name in _OWN_FIELDS},
         "sha256": _digest(tensors),
@@ -187,8 +187,11 @@ def _build(name: str, architecture: dict) -> DRM:
             for name, value in architecture["backbone"].items()
         }
         with torch.device("meta"):
-            return DRM(TruncatedSD3(BackboneConfig(**backbone)), _build_head(architecture["head"]))
-    except (TypeError, KeyError, ValueError) as error:
+            early = architecture.get("early_heads", {})
+            early = {int(blocks): _build_head(head) for blocks, head in early.items()}
+            head = _build_head(architecture["head"])
+            return DRM(TruncatedSD3(BackboneConfig(**backbone)), head, early_heads=early)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DRMFileError(f"{name} describes a model this code cannot build: {error}") from error
 
 

@@ -6,7 +6,12 @@
 the noise that sigma says; only the positive prompt is given, there is no guidance in a reward model. Scores
 rank pictures at one sigma; across sigmas they compare only after calibration. scale and offset are 1 and 0
 unless the model's maker shows its score otherwise.
+
+A model may carry further heads after earlier blocks, each an opinion of its own at a part of the cost. Scores
+of different depths do not compare.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +22,29 @@ from .head import ConvHead, QueryHead
 
 class DRM(nn.Module):
     """metadata: what is known about the model (text_length, calibration, name, ...), kept in its file; its
-    "shown", {"scale", "offset"}, is how `score` shows the raw score.
+    "shown", {"scale", "offset"}, is how `score` shows the raw score. early_heads: heads on the image tokens
+    after earlier blocks, by the number of blocks before them, 1 to num_kept - 1.
     """
 
     def __init__(
-        self, backbone: TruncatedSD3, head: ConvHead | QueryHead, metadata: dict | None = None
+        self,
+        backbone: TruncatedSD3,
+        head: ConvHead | QueryHead,
+        metadata: dict | None = None,
+        early_heads: Mapping[int, ConvHead] | None = None,
     ) -> None:
         super().__init__()
-        if head.dim != backbone.config.width:
+        early = dict(sorted((early_heads or {}).items()))
+        for some_head in (head, *early.values()):
+            if some_head.dim != backbone.config.width:
+                raise ValueError(
+                    f"the head takes tokens of width {some_head.dim}, the backbone's are"
+                    f" {backbone.config.width}"
+                )
+        if not set(early) <= set(range(1, backbone.config.num_kept)):
             raise ValueError(
-                f"the head takes tokens of width {head.dim}, the backbone's are {backbone.config.width}"
+                f"early heads stand after blocks {', '.join(map(str, early))}: wanted numbers from 1 to"
+                f" {backbone.config.num_kept - 1}"
             )
         taps = len(backbone.config.image_taps), len(backbone.config.text_taps)
         if isinstance(head, QueryHead) and head.taps != taps:
@@ -36,6 +54,7 @@ class DRM(nn.Module):
             )
         self.backbone = backbone
         self.head = head
+        self.early_heads = nn.ModuleDict({str(blocks): early[blocks] for blocks in early})
         self.metadata = dict(metadata or {})
 
     @property
@@ -57,6 +76,11 @@ class DRM(nn.Module):
     def num_blocks(self) -> int:
         """Transformer blocks kept."""
         return self.backbone.config.num_kept
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks before each head, ascending; the last is num_blocks."""
+        return (*(int(blocks) for blocks in self.early_heads), self.num_blocks)
 
     def _check_shapes(self, latents: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> None:
         if latents.ndim != 4 or len(latents) == 0:
@@ -86,8 +110,12 @@ class DRM(nn.Module):
         sigma: float | Tensor,
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
+        every_depth: bool = False,
     ) -> Tensor:
-        """Raw scores (B,) in float32, with gradients; see `score` for the arguments."""
+        """Raw scores (B,) in float32, with gradients; see `score` for the other arguments.
+
+        every_depth: (B, len(depths)) instead, the last column the model's score.
+        """
         self._check_shapes(latents, prompt_embeds, pooled_prompt_embeds)
         batch = len(latents)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
@@ -98,10 +126,25 @@ class DRM(nn.Module):
             1000 * sigma.reshape(-1).expand(batch),
             prompt_embeds.expand(batch, -1, -1),
             pooled_prompt_embeds.expand(batch, -1),
+            blocks=self.depths[:-1] if every_depth else (),
         )
-        if isinstance(self.head, QueryHead):
-            return self.head(features)
-        return self.head(features.tokens, *self.backbone.token_grid(*latents.shape[-2:]))
+        grid = self.backbone.token_grid(*latents.shape[-2:])
+        last = self.head(features) if isinstance(self.head, QueryHead) else self.head(features.tokens, *grid)
+        if not every_depth:
+            return last
+        heads = zip(self.early_heads.values(), features.after, strict=True)
+        early = [early_head(tokens, *grid) for early_head, tokens in heads]
+        return torch.stack([*early, last], dim=1)
+
+    def forward_depths(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+    ) -> Tensor:
+        """Raw scores (B, len(depths)) of every head in float32, with gradients, as `forward` gives them."""
+        return self(latents, sigma, prompt_embeds, pooled_prompt_embeds, every_depth=True)
 
     @torch.no_grad()
     def score(
