@@ -14,9 +14,12 @@ integers are equal bit for bit on every device, the normals to the last places o
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .sde import transition
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -129,3 +132,73 @@ def branch_candidates(
     std = torch.as_tensor(std, dtype=torch.float32, device=mean.device) * noise_scale
     std = std.unsqueeze(1) if std.ndim == mean.ndim else std
     return torch.addcmul(mean.float().unsqueeze(1), std, noise)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What one step drew from one mean, branch j of item i under the noise stream (seed, step, i, j).
+
+    scored: (B, k, C, H, W) in the scorer's dtype. squared: (B, k) float32, mean over C, H, W of
+    (x' - mean)^2, which is what `sde.log_prob_from_squared` needs. std: float32, (B, 1, 1, 1) or (1, 1, 1, 1).
+    """
+
+    scored: Tensor
+    squared: Tensor
+    std: Tensor
+    _mean: Tensor
+    _samples: Tensor
+    _address: tuple[int, int, Sequence[int], Sequence[int], float]
+
+    def state(self, branch: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The float32 candidate (n, C, H, W) of branch number branch[i] of batch row rows[i].
+
+        branch: (n,) long, the numbers given as `branches` (positions, where those are range(k)); any other
+        branch of the step can be had too, for it is drawn again. rows: (n,) long, every row once when None.
+        """
+        rows = torch.arange(len(self._mean), device=branch.device) if rows is None else rows
+        seed, step, items, branches, noise_scale = self._address
+        found = branch.unsqueeze(1) == torch.tensor(list(branches), device=branch.device)
+        if bool(found.any(dim=1).all()):
+            return self._samples[rows, found.int().argmax(dim=1)]
+        drawn = [
+            branch_candidates(
+                self._mean[row : row + 1],
+                self.std[row : row + 1] if len(self.std) > 1 else self.std,
+                seed,
+                step,
+                [items[row]],
+                [number],
+                noise_scale,
+            )[0, 0]
+            for row, number in zip(rows.tolist(), branch.tolist(), strict=True)
+        ]
+        return torch.stack(drawn)
+
+
+def branch_step(
+    x: Tensor,
+    velocity: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    seed: int,
+    step: int,
+    items: Sequence[int] | Tensor,
+    branches: Sequence[int],
+    noise_level: float = 0.7,
+    kind: str = "sde",
+    sigma_max: float | Tensor | None = None,
+    noise_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Candidates:
+    """Draws the candidates of one stochastic step (sde.py) from sigma to sigma_next.
+
+    x, velocity: (B, C, H, W), of any dtype. sigma, sigma_next, sigma_max: floats, 0-d or one per item (B,).
+    items: B stream numbers; branches: k stream numbers; dtype: what `scored` comes in.
+    """
+    items = items.tolist() if isinstance(items, Tensor) else items
+    mean, std = transition(x, velocity, sigma, sigma_next, noise_level, kind, sigma_max)
+    samples = branch_candidates(mean, std, seed, step, items, branches, noise_scale)
+    squared = ((samples - mean.unsqueeze(1)) ** 2).mean(dim=(-3, -2, -1))
+    address = (seed, step, items, branches, noise_scale)
+    return Candidates(samples.to(dtype), squared, std, mean, samples, address)

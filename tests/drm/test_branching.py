@@ -8,11 +8,13 @@ import torch
 from drm.branching import (
     branch_candidates,
     branch_noise,
+    branch_step,
     candidate_noise,
     philox4x32,
     uint_to_uniform,
     uniform_pair_to_normal,
 )
+from drm.sde import log_prob_from_squared, transition, transition_log_prob
 
 SHAPE = (16, 8, 6)
 
@@ -119,3 +121,34 @@ def test_bad_streams_are_refused():
         branch_noise(SHAPE, 0, 0, -1, 0)
     with pytest.raises(ValueError, match="one per item"):
         branch_candidates(torch.zeros(2, *SHAPE), 0.1, 0, 0, [0], range(2))
+
+
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+@pytest.mark.parametrize("sigmas", [(0.8, 0.6), (torch.tensor([0.8, 0.5]), torch.tensor([0.6, 0.1]))])
+def test_step_is_the_transition_with_the_branches_noise(kind, sigmas):
+    x, velocity = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    drawn = branch_step(
+        x, velocity, *sigmas, seed=11, step=5, items=torch.tensor([4, 9]), branches=range(3), kind=kind
+    )
+    noise = candidate_noise(SHAPE, 11, 5, [4, 9], range(3))
+    mean, std = transition(x, velocity, *sigmas, kind=kind)
+    expected = mean.unsqueeze(1) + std.unsqueeze(1) * noise
+    torch.testing.assert_close(drawn.scored, expected, atol=1e-6, rtol=1e-6)
+    log_prob = transition_log_prob(drawn.scored, mean.unsqueeze(1), std.unsqueeze(1), kind)
+    torch.testing.assert_close(
+        log_prob_from_squared(drawn.squared, drawn.std, kind), log_prob, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_step_gives_any_branch_s_state_in_float32():
+    x, velocity = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    address = {"seed": 3, "step": 1, "items": [0, 7]}
+    whole = branch_step(x, velocity, 0.8, 0.6, **address, branches=range(4))
+    half = branch_step(x, velocity, 0.8, 0.6, **address, branches=range(2, 4), dtype=torch.bfloat16)
+    assert half.scored.dtype == torch.bfloat16
+    assert torch.equal(half.scored, whole.scored[:, 2:].bfloat16())
+    for branch in ([2, 3], [0, 3]):
+        expected = whole.scored[torch.arange(2), torch.tensor(branch)]
+        assert torch.equal(half.state(torch.tensor(branch)), expected)
+    several = half.state(torch.tensor([1, 2, 3]), rows=torch.tensor([1, 1, 0]))
+    assert torch.equal(several, whole.scored[torch.tensor([1, 1, 0]), torch.tensor([1, 2, 3])])
