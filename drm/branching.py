@@ -139,7 +139,7 @@ class Candidates:
     """What one step drew from one mean, branch j of item i under the noise stream (seed, step, i, j).
 
     scored: (B, k, C, H, W) in the scorer's dtype. squared: (B, k) float32, mean over C, H, W of
-    (x' - mean)^2, which is what `sde.log_prob_from_squared` needs. std: float32, (B, 1, 1, 1) or (1, 1, 1, 1).
+    (x' - mean)^2, which `sde.log_prob_from_squared` needs. std: float32, (B, 1, 1, 1) or (1, 1, 1, 1).
     """
 
     scored: Tensor
