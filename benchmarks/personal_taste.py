@@ -29,7 +29,7 @@ from drm import load_drm
 from training import shards
 from training.demo import data, text
 from training.demo.generator import load_generator
-from training.demo.reward import Pool, make_pool
+from training.demo.pairs import Pool, make_pool
 from training.shards import EncodedPairs, replace_atomically
 
 SIZES, SEEDS = (10, 100, 1000), (0, 1, 2)

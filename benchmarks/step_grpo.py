@@ -28,6 +28,7 @@ import torch
 from benchmarks.stepwise import Prompt, choose_prompts, drm_scorer, measure
 from drm import flow, grpo, stepwise
 from drm.grpo import GRPOSettings
+from drm.lora import save_lora
 from training.batches import generator
 from training.demo import data, text
 from training.demo.export import Family, load_family
@@ -86,6 +87,16 @@ class Policy:
         peft.inject_adapter_in_model(settings, self.network)
         self.learned = [p for name, p in self.network.named_parameters() if "lora_" in name]
         self.text = self.embed([""])
+
+    def save(self, path: Path, facts: dict) -> None:
+        """The LoRA as other tools load it, the scale folded in."""
+        tensors = {}
+        for name, module in self.network.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                down, up = (side["default"].weight.detach() for side in (module.lora_A, module.lora_B))
+                tensors[f"transformer.{name}.lora_A.weight"] = down.clone()
+                tensors[f"transformer.{name}.lora_B.weight"] = up * module.scaling["default"]
+        save_lora(tensors, path, facts)
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,6 +248,7 @@ def train(setting: Setting, out: Path) -> list[dict]:
                 f"  diversity {row['diversity']:.3f}  kl {row['train/kl']:.2e}  {spent:.0f} s",
                 flush=True,
             )
+    policy.save(out / f"{setting.name}.safetensors", dataclasses.asdict(setting))
     replace_atomically(path, lambda temporary: temporary.write_text(json.dumps(rows)))
     return rows
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from training.demo import reward
-from training.demo.reward import DEGRADATIONS, DRAWINGS, Pool, degrade, other_icon, pairs
+from training.demo import data, reward
+from training.demo.pairs import DEGRADATIONS, DRAWINGS, Pool, degrade, other_icon, pairs
 
 
 def make_pool(concepts=12, styles=4):
     """Latents that say which icon and variant they are: value = icon, + 0.1 * (1 + variant) for spoiled,
-    + 100 for drawn.
+    + 100 for drawn, + 1000 for rated, whose utility grows with the way.
     """
     count = concepts * styles
     index = torch.arange(count)
@@ -17,8 +17,12 @@ def make_pool(concepts=12, styles=4):
     real = index.float().reshape(shape)
     degraded = real[:, None] + 0.1 * torch.arange(1, 1 + len(DEGRADATIONS)).reshape(1, -1, 1, 1, 1)
     drawn = real[:, None] + 100 * torch.arange(1, 1 + len(DRAWINGS)).reshape(1, -1, 1, 1, 1)
+    ways = torch.arange(1, 4)
+    rated = real[:, None] + 1000 * ways.reshape(1, -1, 1, 1, 1)
+    utility = ways.float().log().expand(count, -1)
     concept, style = index // styles, index % styles
-    return Pool(real, degraded, drawn, concept, style, trained=concept < 8, tested=concept >= 8)
+    trained, tested = concept < 8, concept >= 8
+    return Pool(real, degraded, drawn, rated, utility, concept, style, trained, tested)
 
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
@@ -49,20 +53,45 @@ def test_another_icon_is_never_the_same_and_stays_inside_what_is_allowed():
 def test_pairs_hold_what_they_are_named_for():
     pool = make_pool()
     icons = torch.argwhere(pool.tested).flatten()
-    chosen, rejected = pairs(pool, icons, "degraded", pool.tested, torch.Generator().manual_seed(0))
+    chosen, rejected, label = pairs(pool, icons, "degraded", pool.tested, torch.Generator().manual_seed(0))
     torch.testing.assert_close(chosen.flatten(), icons.float())
     assert ((rejected - chosen) > 0.05).all()
+    assert (label == 1).all()
     assert ((rejected - chosen) < 0.55).all()
-    _, rejected = pairs(pool, icons, "wrong", pool.tested, torch.Generator().manual_seed(0))
+    _, rejected, _ = pairs(pool, icons, "wrong", pool.tested, torch.Generator().manual_seed(0))
     assert pool.tested[rejected.flatten().long()].all()
-    _, rejected = pairs(pool, icons, "generated", pool.tested, torch.Generator().manual_seed(0))
+    _, rejected, _ = pairs(pool, icons, "generated", pool.tested, torch.Generator().manual_seed(0))
     assert (rejected.flatten() % 100 == icons).all()
     for kind, variants in (("generated early", {1, 2}), ("generated final", {3, 4, 5})):
-        _, rejected = pairs(pool, icons.repeat(9), kind, pool.tested, torch.Generator().manual_seed(0))
+        _, rejected, _ = pairs(pool, icons.repeat(9), kind, pool.tested, torch.Generator().manual_seed(0))
         assert set((rejected.flatten() // 100).int().tolist()) == variants
-    chosen, rejected = pairs(pool, icons, "drawn", pool.tested, torch.Generator().manual_seed(0))
+    chosen, rejected, _ = pairs(pool, icons, "drawn", pool.tested, torch.Generator().manual_seed(0))
     torch.testing.assert_close(chosen.flatten(), icons + 100.0 * len(DRAWINGS))
     assert (rejected != chosen).all()
+
+
+def test_of_two_drawings_the_raters_say_which_and_how_surely():
+    pool = make_pool()
+    icons = torch.argwhere(pool.trained).flatten().repeat(5)
+    chosen, rejected, label = pairs(pool, icons, "preferred", pool.trained, torch.Generator().manual_seed(0))
+    better, worse = (side.flatten() // 1000 for side in (chosen, rejected))
+    assert (chosen.flatten() % 1000 == icons).all()
+    assert (better > worse).all()
+    assert set(better.int().tolist()) == {2, 3}
+    assert set(worse.int().tolist()) == {1, 2}
+    # utility is the logarithm of the way, so at a sharpness of 2 the odds are better^2 : worse^2
+    torch.testing.assert_close(label, better**2 / (better**2 + worse**2))
+
+
+def test_a_batch_holds_every_kind_in_its_share():
+    pool = make_pool()
+    icons = data.indices(pool.trained)[:32]
+    chosen, rejected, label = reward.draw_pairs(pool, icons, torch.Generator().manual_seed(1))
+    assert chosen.shape == rejected.shape == (32, 1, 1, 1)
+    assert (chosen.flatten()[:12] == icons[:12]).all()
+    assert (chosen.flatten()[16:] >= 1000).all()
+    assert (label[:16] == 1).all()
+    assert (label[16:] < 1).all()
 
 
 def test_both_sides_of_a_pair_meet_one_noise_at_one_sigma():

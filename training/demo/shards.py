@@ -18,45 +18,48 @@ import torch
 from training import shards
 from training.demo import data, text
 from training.demo.generator import load_generator
-from training.demo.reward import KINDS, REPORTED, Pool, make_pool, pairs
+from training.demo.pairs import Pool, make_pool, pairs
+from training.demo.reward import MIX, REPORTED
 
 PHRASINGS = 3  # captions of an icon: the canonical one first
 
 
 def flatten(pool: Pool) -> tuple[torch.Tensor, Pool]:
     """All latents of the pool in one list (M, C, H, W), and a pool that holds their places in it instead."""
-    parts, places, start = [pool.real, pool.degraded.flatten(0, 1), pool.drawn.flatten(0, 1)], [], 0
-    for part, like in zip(parts, (pool.real, pool.degraded, pool.drawn), strict=True):
+    kinds = (pool.real, pool.degraded, pool.drawn, pool.rated)
+    parts, places, start = [pool.real, *(kind.flatten(0, 1) for kind in kinds[1:])], [], 0
+    for part, like in zip(parts, kinds, strict=True):
         count = len(part)
         shape = (*like.shape[:-3], 1, 1, 1)
         places.append(torch.arange(start, start + count).reshape(shape))
         start += count
-    real, degraded, drawn = places
-    return torch.cat(parts), dataclasses.replace(pool, real=real, degraded=degraded, drawn=drawn)
+    real, degraded, drawn, rated = places
+    moved = dataclasses.replace(pool, real=real, degraded=degraded, drawn=drawn, rated=rated)
+    return torch.cat(parts), moved
 
 
 def table(pool: Pool, *, train_pairs: int, rounds: int, rng: torch.Generator) -> dict[str, list]:
-    """Columns of pairs.parquet: train_pairs over KINDS, and `rounds` times every held-out icon for each of
-    REPORTED.
+    """Columns of pairs.parquet: train_pairs in the shares of MIX, and `rounds` times every held-out icon for
+    each of REPORTED.
     """
     columns: dict[str, list] = {name: [] for name in shards.COLUMNS}
 
     def add(
         icons: torch.Tensor, kind: str, allowed: torch.Tensor, phrasing: torch.Tensor, held: bool
     ) -> None:
-        chosen, rejected = pairs(pool, icons, kind, allowed, rng)
+        chosen, rejected, label = pairs(pool, icons, kind, allowed, rng)
         columns["chosen"] += chosen.flatten().tolist()
         columns["rejected"] += rejected.flatten().tolist()
         columns["prompt"] += (icons * PHRASINGS + phrasing).tolist()
         columns["weight"] += [1.0] * len(icons)
-        columns["label"] += [1.0] * len(icons)
+        columns["label"] += label.tolist()
         columns["source"] += [kind] * len(icons)
         columns["held_out"] += [held] * len(icons)
         columns["row"] += [f"{kind} {icon}" for icon in icons.tolist()]
 
     trained, tested = data.indices(pool.trained), data.indices(pool.tested)
-    for kind in KINDS:
-        icons = trained[torch.randint(len(trained), (train_pairs // len(KINDS),), generator=rng)]
+    for kind, share in MIX.items():
+        icons = trained[torch.randint(len(trained), (round(share * train_pairs),), generator=rng)]
         add(icons, kind, pool.trained, torch.randint(PHRASINGS, icons.shape, generator=rng), False)
     for kind in REPORTED:
         for _ in range(rounds):
