@@ -3,8 +3,9 @@
     NAME_1a2b3c4d.safetensors     the LoRA, for the stock LoraLoader and diffusers
     NAME_1a2b3c4d.resume          matrices, Adam's moments, their running mean, the best so far (safetensors)
 
-1a2b3c4d stands for everything the run depends on, so that the same node finds its own file again. The state
-does not end in .safetensors, or the page would offer it as a LoRA.
+The state is written first and is what counts: a server killed between the two goes on from the newer one, and
+writes the LoRA again. 1a2b3c4d stands for everything the run depends on, so that the same node finds its own
+files. The state does not end in .safetensors, or the page would offer it as a LoRA.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import comfy.utils
 from torch import Tensor, nn
 
-from ...drm.lora import save_lora
+from ...drm.lora import LoRAFileError, load_lora, save_lora
 from ..score import show_on_node
 from .files import run_id, settings_of, weights_hash
 from .inputs import Training, lora_path
@@ -118,6 +118,7 @@ class Run:
         self.before = self.latest = self.learner.pictures(policy)
         if self.state.load(self._state_path):
             self.notes.append(f"went on after iteration {self.state.progress.iteration} of {self.path.name}")
+            self._make_good()
             return
         self.state.progress.watch.start = self.before.score
         with self.learner.adapters.attached(self.learner.network):
@@ -219,15 +220,26 @@ class Run:
             return self.learner.adapters.tensors()
 
     def _save(self, tensors: dict[str, Tensor] | None = None) -> None:
-        """LoRA and state; a full disk is said, not the end of the run."""
+        """State and LoRA; a full disk is said, not the end of the run. The state is what a run goes on from:
+        a server killed after it and before the LoRA has lost nothing, `_make_good` writes that anew.
+        """
         try:
-            save_lora(tensors or self._tensors(), self.path, self.facts())
             self.state.save(self._state_path)
+            save_lora(tensors or self._tensors(), self.path, self.facts())
         except OSError as error:
             note = f"{self.path.name} could not be saved ({error})"
             logging.warning("Step-GRPO: %s", note)
             self.notes = [*[line for line in self.notes if line != note], note]
         self.saved_at = time.monotonic()
+
+    def _make_good(self) -> None:
+        """Writes the LoRA again where it is not of the iteration that is gone on from."""
+        try:
+            behind = load_lora(self.path)[1]["iteration"] != self.state.progress.iteration
+        except LoRAFileError:
+            behind = True
+        if behind:
+            self._save()
 
     def facts(self) -> dict:
         """What the file's header says."""

@@ -137,6 +137,59 @@ def test_cancel_in_a_look_looks_again(inside, output, pack):
     assert all(part[2] == whole[2] for part in parts)
 
 
+class Killed(BaseException):
+    """What a test raises where a server would be killed."""
+
+
+def killed_between_its_files(inside, run, at, **settings):
+    """A run that is killed with the first file of the save after iteration `at` written, not the second."""
+    save = run.save_lora
+
+    def dies(tensors, path, facts):
+        if facts["iteration"] == at:
+            raise Killed
+        save(tensors, path, facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "save_lora", dies)
+        patch.setattr(run.Run, "_stopped", lambda *_: None)  # a killed process does nothing more
+        with pytest.raises(Killed):
+            train(inside, **settings)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_killed_between_its_files_nothing_is_lost(inside, output, pack, at):
+    settings = {"iterations": 4, "preview_every": 4, "ema_decay": 0.5}
+    whole = train(inside, name="whole", **settings)
+    killed_between_its_files(inside, pack.module("nodes.grpo.run"), at, name="parts", **settings)
+    behind = [
+        load_lora(path)[1]["iteration"] for path in files(output, ".safetensors") if "parts" in path.name
+    ]
+    assert behind == [at - 1] * (at > 1)
+    parts = train(inside, name="parts", **settings)
+    assert f"went on after iteration {at} of" in parts[5]
+    assert parts[2] == whole[2]
+    assert all(torch.equal(parts[1][name], whole[1][name]) for name in whole[1])
+
+
+def test_the_lora_is_made_good_before_anything_else(inside, output, pack):
+    import comfy.model_management as mm
+
+    run = pack.module("nodes.grpo.run")
+    killed_between_its_files(inside, run, 3, iterations=4)
+
+    def cancelled(*_):
+        raise mm.InterruptProcessingException
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "_learn", lambda *_: cancelled())
+        patch.setattr(run.Run, "_stopped", lambda *_: None)
+        with pytest.raises(mm.InterruptProcessingException):
+            train(inside, iterations=4)
+    (path,) = files(output)
+    assert load_lora(path)[1]["iteration"] == 3
+
+
 def test_cancel_keeps_what_was_learned(inside, output, clean, caplog):
     import comfy.model_management as mm
 
