@@ -12,20 +12,26 @@ with uint32 counters and a 64-bit seed; for step = item = branch = 0 that is `tl
 integers are equal bit for bit on every device, the normals to the last places of log, cos and sin.
 """
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .sde import transition
+from .sde import check_noise_level, check_sigmas, transition
 
 _MASK = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 # Triton's constant: the largest float with 2^31 * scale < 1.
 _SCALE = 4.6566127342e-10
+_ROUNDS = np.array([[_ROUND_A], [_ROUND_B]], dtype=np.uint64)
+_WORD_MASK, _WORD_BITS = np.uint64(_MASK), np.uint64(32)
 # Counters at a time on a CPU: they stay in cache, and below the size where torch wakes its other threads.
 _CPU_COUNTERS = 8192
 
@@ -61,11 +67,12 @@ def uniform_pair_to_normal(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def _words(values: Sequence[int], name: str, device: torch.device | str) -> Tensor:
+def _check_streams(values: Sequence[int], name: str) -> list[int]:
+    values = [int(value) for value in values]
     for value in values:
         if not 0 <= value <= _MASK:
             raise ValueError(f"{name} is {value}: noise streams are numbered from 0 to {_MASK}")
-    return torch.tensor(list(values), dtype=torch.int64, device=device)
+    return values
 
 
 def _normals(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> Tensor:
@@ -74,6 +81,70 @@ def _normals(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> Tenso
     n0, n1 = uniform_pair_to_normal(uint_to_uniform(words[0]), uint_to_uniform(words[1]))
     n2, n3 = uniform_pair_to_normal(uint_to_uniform(words[2]), uint_to_uniform(words[3]))
     return torch.stack((n0, n1, n2, n3), dim=-1)
+
+
+def _round_keys(seed: int, rounds: int = 10) -> np.ndarray:
+    keys = [((seed + i * _KEY_A) & _MASK, ((seed >> 32) + i * _KEY_B) & _MASK) for i in range(rounds)]
+    return np.array(keys, dtype=np.uint64).reshape(rounds, 2, 1)
+
+
+def _cpu_words(c0: np.ndarray, c1: int, c2: np.ndarray, c3: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """`philox4x32` of every row and counter as int32 bits (4, rows * counters), ordered w0, w2, w1, w3.
+
+    c0: the counters; c2, c3: one value a row, (rows, 1). Both halves of the state go through each operation
+    together and in place: at a few thousand counters a call costs as much as its arithmetic.
+    """
+    shape = (2, len(c2), len(c0))
+    multiplied, mixed, product = (np.empty(shape, np.uint64) for _ in range(3))
+    multiplied[0], multiplied[1], mixed[0], mixed[1] = c0, c2, c1, c3
+    multiplied, mixed, product = (array.reshape(2, -1) for array in (multiplied, mixed, product))
+    for key in keys:
+        np.multiply(multiplied, _ROUNDS, out=product)
+        np.bitwise_xor(mixed, key, out=mixed)
+        np.right_shift(product, _WORD_BITS, out=multiplied)
+        multiplied = multiplied[::-1]
+        np.bitwise_xor(multiplied, mixed, out=multiplied)
+        np.bitwise_and(product, _WORD_MASK, out=product)
+        mixed, product = product[::-1], mixed
+    words = np.empty((4, mixed.shape[1]), np.uint32)
+    np.copyto(words[:2], multiplied, casting="unsafe")
+    np.copyto(words[2:], mixed, casting="unsafe")
+    return words.view(np.int32)
+
+
+def _cpu_normals(bits: np.ndarray, out: np.ndarray) -> None:
+    """Box-Muller in place on `_cpu_words` (4, n), into out (n, 4): the arithmetic of `_normals`, bit for bit.
+
+    log, sqrt, cos and sin are torch's, because numpy's differ in the last place.
+    """
+    bits ^= bits >> 31  # folds as uint_to_uniform does: the complement of a negative number
+    uniform = bits.astype(np.float32)
+    uniform *= np.float32(_SCALE)
+    radius, angle = uniform[:2], uniform[2:]
+    np.maximum(radius, np.float32(1.0e-7), out=radius)
+    torch.from_numpy(radius).log_().mul_(-2.0).sqrt_()
+    angle *= np.float32(2 * math.pi)
+    cosine = torch.from_numpy(angle).cos().numpy()
+    torch.from_numpy(angle).sin_()
+    for pair in range(2):
+        np.multiply(radius[pair], cosine[pair], out=out[:, 2 * pair])
+        np.multiply(radius[pair], angle[pair], out=out[:, 2 * pair + 1])
+
+
+def _cpu_noise(size: int, seed: int, step: int, items: list[int], branches: list[int]) -> Tensor:
+    """(len(items) * len(branches), size) normals, made in pieces that stay in a core's cache."""
+    counters, keys = (size + 3) // 4, _round_keys(seed)
+    item = np.repeat(np.array(items, np.uint64), len(branches)).reshape(-1, 1)
+    branch = np.tile(np.array(branches, np.uint64), len(items)).reshape(-1, 1)
+    rows = max(1, _CPU_COUNTERS // max(counters, 1))
+    normals = np.empty((len(item), counters, 4), np.float32)
+    for row in range(0, len(item), rows):
+        some = slice(row, row + rows)
+        for first in range(0, counters, _CPU_COUNTERS):
+            c0 = np.arange(first, min(first + _CPU_COUNTERS, counters), dtype=np.uint64)
+            bits = _cpu_words(c0, step, item[some], branch[some], keys)
+            _cpu_normals(bits, normals[some, first : first + len(c0)].reshape(-1, 4))
+    return torch.from_numpy(normals).flatten(1)[:, :size]
 
 
 def candidate_noise(
@@ -88,17 +159,19 @@ def candidate_noise(
 
     Row [i, j] equals `branch_noise(shape, seed, step, items[i], branches[j])` bit for bit.
     """
-    size, device = math.prod(shape), torch.device(device)
-    counters = (size + 3) // 4
-    c0 = torch.arange(counters, dtype=torch.int64, device=device)
-    c1 = _words([step], "step", device)
-    c2 = _words(items, "item", device).repeat_interleave(len(branches)).reshape(-1, 1)
-    c3 = _words(branches, "branch", device).repeat(len(items)).reshape(-1, 1)
-    rows = max(1, _CPU_COUNTERS // max(counters, 1)) if device.type == "cpu" else max(len(c2), 1)
-    normals = torch.empty(len(c2), counters, 4, device=device)
-    for part, item, branch in zip(normals.split(rows), c2.split(rows), c3.split(rows), strict=True):
-        part.copy_(_normals(c0, c1, item, branch, int(seed) % 2**64))
-    return normals.flatten(1)[:, :size].reshape(len(items), len(branches), *shape)
+    size, device, seed = math.prod(shape), torch.device(device), int(seed) % 2**64
+    (step,) = _check_streams([step], "step")
+    items, branches = _check_streams(items, "item"), _check_streams(branches, "branch")
+    if device.type == "cpu":
+        normals = _cpu_noise(size, seed, step, items, branches)
+    else:
+        c0, c1, c2, c3 = (
+            torch.as_tensor(words, dtype=torch.int64, device=device)
+            for words in (range((size + 3) // 4), step, items, branches)
+        )
+        c2, c3 = c2.repeat_interleave(len(c3)).unsqueeze(1), c3.repeat(len(c2)).unsqueeze(1)
+        normals = _normals(c0, c1, c2, c3, seed).flatten(1)[:, :size]
+    return normals.reshape(len(items), len(branches), *shape)
 
 
 def branch_noise(
@@ -138,43 +211,97 @@ def branch_candidates(
 class Candidates:
     """What one step drew from one mean, branch j of item i under the noise stream (seed, step, i, j).
 
-    scored: (B, k, C, H, W) in the scorer's dtype. squared: (B, k) float32, mean over C, H, W of
-    (x' - mean)^2, which `sde.log_prob_from_squared` needs. std: float32, (B, 1, 1, 1) or (1, 1, 1, 1).
+    scored: (B, k, C, H, W) in the scorer's dtype. std: float32, (B, 1, 1, 1) or (1, 1, 1, 1), without
+    noise_scale.
     """
 
     scored: Tensor
-    squared: Tensor
     std: Tensor
-    _mean: Tensor
-    _samples: Tensor
-    _address: tuple[int, int, Sequence[int], Sequence[int], float]
+    _squared: Callable[[], Tensor]
+    _state: Callable[[Tensor, Tensor | None], Tensor]
+
+    @property
+    def squared(self) -> Tensor:
+        """(B, k) float32: mean over C, H, W of (x' - mean)^2, which `sde.log_prob_from_squared` needs."""
+        return self._squared()
 
     def state(self, branch: Tensor, rows: Tensor | None = None) -> Tensor:
         """The float32 candidate (n, C, H, W) of branch number branch[i] of batch row rows[i].
 
-        branch: (n,) long, the numbers given as `branches` (positions, where those are range(k)); any other
-        branch of the step can be had too, for it is drawn again. rows: (n,) long, every row once when None.
+        branch: (n,) long, numbers as in `branches` (positions, where those are range(k)); any other branch
+        of the step can be had too, for it is drawn again. rows: (n,) long, every row once when None.
         """
-        rows = torch.arange(len(self._mean), device=branch.device) if rows is None else rows
-        seed, step, items, branches, noise_scale = self._address
-        found = branch.unsqueeze(1) == torch.tensor(list(branches), device=branch.device)
-        if bool(found.any(dim=1).all()):
-            return self._samples[rows, found.int().argmax(dim=1)]
-        drawn = [
-            branch_candidates(
-                self._mean[row : row + 1],
-                self.std[row : row + 1] if len(self.std) > 1 else self.std,
-                seed,
-                step,
-                [items[row]],
-                [number],
-                noise_scale,
-            )[0, 0]
-            for row, number in zip(rows.tolist(), branch.tolist(), strict=True)
-        ]
-        return torch.stack(drawn)
+        return self._state(branch, rows)
 
 
+@functools.cache
+def _kernel(device: torch.device) -> ModuleType | None:
+    """The CUDA kernel's module where it can be had and agrees with the twin, else None, said once."""
+    try:
+        from . import branching_triton
+
+        x = torch.linspace(-2, 2, 2 * 4 * 3 * 3, device=device).reshape(2, 4, 3, 3)
+        address = {"seed": 2**40 + 1, "step": 2, "items": [0, 5], "branches": [0, 3]}
+        settings = {"noise_level": 0.7, "kind": "sde", "noise_scale": 1.0, "dtype": torch.float32}
+        drawn = branching_triton.branch_step(x, -x, (0.8, 0.6, 0.6), **address, **settings)
+        expected = _twin(x, -x, (0.8, 0.6, 0.6), **address, **settings)
+        torch.testing.assert_close(drawn.scored, expected.scored, atol=1e-5, rtol=1e-5)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a missing compiler, driver or Triton raises
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        logging.getLogger(__name__).warning("branching in plain torch, the Triton kernel failed: %s", text)
+        return None
+    return branching_triton
+
+
+def _twin(
+    x: Tensor,
+    velocity: Tensor,
+    sigmas: tuple[float | Tensor, float | Tensor, float | Tensor],
+    *,
+    seed: int,
+    step: int,
+    items: Sequence[int] | Tensor,
+    branches: Sequence[int],
+    noise_level: float,
+    kind: str,
+    noise_scale: float,
+    dtype: torch.dtype,
+) -> Candidates:
+    """The step in plain torch, for every device."""
+    items = items.tolist() if isinstance(items, Tensor) else items
+    mean, std = transition(x, velocity, *sigmas[:2], noise_level, kind, sigmas[2])
+    samples = branch_candidates(mean, std, seed, step, items, branches, noise_scale)
+    position = {number: j for j, number in enumerate(branches)}
+
+    def squared() -> Tensor:
+        return ((samples - mean.unsqueeze(1)) ** 2).mean(dim=tuple(range(2, samples.ndim)))
+
+    def drawn_again(row: int, branch: int) -> Tensor:
+        own_std = std[row : row + 1] if len(std) > 1 else std
+        return branch_candidates(
+            mean[row : row + 1], own_std, seed, step, [items[row]], [branch], noise_scale
+        )[0, 0]
+
+    def state(branch: Tensor, rows: Tensor | None) -> Tensor:
+        rows = range(len(x)) if rows is None else rows.tolist()
+        places = list(zip(rows, branch.tolist(), strict=True))
+        if all(number in position for _, number in places):
+            return samples[[row for row, _ in places], [position[number] for _, number in places]]
+        return torch.stack([drawn_again(row, number) for row, number in places])
+
+    return Candidates(samples.to(dtype), std, squared, state)
+
+
+def _check_at_hand(sigmas: tuple[float | Tensor, ...], noise_level: float, kind: str) -> None:
+    """What `transition` checks, as far as it can be known without waiting for the device."""
+    check_noise_level(noise_level, kind)
+    if not any(isinstance(sigma, Tensor) and sigma.device.type == "cuda" for sigma in sigmas):
+        check_sigmas(*(torch.as_tensor(sigma, dtype=torch.float32) for sigma in sigmas), kind)
+
+
+@torch.no_grad()
 def branch_step(
     x: Tensor,
     velocity: Tensor,
@@ -191,14 +318,33 @@ def branch_step(
     noise_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Candidates:
-    """Draws the candidates of one stochastic step (sde.py) from sigma to sigma_next.
+    """Draws the candidates of one stochastic step (sde.py) from sigma to sigma_next, without gradients.
 
-    x, velocity: (B, C, H, W), of any dtype. sigma, sigma_next, sigma_max: floats, 0-d or one per item (B,).
-    items: B stream numbers; branches: k stream numbers; dtype: what `scored` comes in.
+    x, velocity: (B, C, H, W), of any dtype and layout. sigma, sigma_next, sigma_max: floats, 0-d or one per
+    item (B,). items: B stream numbers; branches: k stream numbers; dtype: what `scored` comes in.
+    On CUDA one fused kernel does it, which leaves sigmas that lie there unchecked rather than wait for them;
+    everywhere else, and where Triton is missing, plain torch.
     """
-    items = items.tolist() if isinstance(items, Tensor) else items
-    mean, std = transition(x, velocity, sigma, sigma_next, noise_level, kind, sigma_max)
-    samples = branch_candidates(mean, std, seed, step, items, branches, noise_scale)
-    squared = ((samples - mean.unsqueeze(1)) ** 2).mean(dim=(-3, -2, -1))
-    address = (seed, step, items, branches, noise_scale)
-    return Candidates(samples.to(dtype), squared, std, mean, samples, address)
+    if velocity.shape != x.shape or len(items) != len(x):
+        raise ValueError(
+            f"x {tuple(x.shape)}, velocity {tuple(velocity.shape)}, {len(items)} item ids: wanted two equal"
+            " shapes and one id per item"
+        )
+    sigmas = (sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
+    kernel = _kernel(x.device) if x.device.type == "cuda" else None
+    if kernel is not None:
+        _check_at_hand(sigmas, noise_level, kind)
+    draw = _twin if kernel is None else kernel.branch_step
+    return draw(
+        x,
+        velocity,
+        sigmas,
+        seed=int(seed) % 2**64,
+        step=_check_streams([step], "step")[0],
+        items=items if isinstance(items, Tensor) else _check_streams(items, "item"),
+        branches=_check_streams(branches, "branch"),
+        noise_level=noise_level,
+        kind=kind,
+        noise_scale=noise_scale,
+        dtype=dtype,
+    )

@@ -29,7 +29,7 @@ from .flow import expand_sigma
 KINDS = ("sde", "cps")
 
 # Schedulers working in float32 start at 0.99999994 as often as at 1; g would be in the hundreds there.
-_NEARLY_ONE = 1 - 1e-4
+NEARLY_ONE = 1 - 1e-4
 
 
 class SDEStep(NamedTuple):
@@ -53,11 +53,22 @@ def check_noise_level(noise_level: float, kind: str) -> None:
         )
 
 
+def check_sigmas(sigma: Tensor, sigma_next: Tensor, sigma_max: Tensor, kind: str) -> None:
+    """Raises ValueError for a step that does not fall within [0, 1], or from 1 without a sigma_max below."""
+    if not bool(((sigma > 0) & (sigma <= 1 + 1e-4) & (sigma_next >= 0) & (sigma_next <= sigma)).all()):
+        raise ValueError(
+            f"a step from sigma {sigma.flatten().tolist()} to {sigma_next.flatten().tolist()}: wanted"
+            " 1 >= sigma > 0 and sigma >= sigma_next >= 0"
+        )
+    if kind == "sde" and bool(((sigma >= NEARLY_ONE) & (sigma_max >= 1)).any()):
+        raise ValueError("a step from sigma 1 needs sigma_max, the schedule's next sigma, below 1")
+
+
 def _sde_transition(
     x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: Tensor
 ) -> tuple[Tensor, Tensor]:
     dt = sigma_next - sigma
-    denominator = 1 - torch.where(sigma >= _NEARLY_ONE, torch.minimum(sigma, sigma_max), sigma)
+    denominator = 1 - torch.where(sigma >= NEARLY_ONE, torch.minimum(sigma, sigma_max), sigma)
     g_squared = noise_level**2 * sigma / denominator
     drift = g_squared / (2 * sigma)
     mean = x * (1 + drift * dt) + velocity * (1 + drift * (1 - sigma)) * dt
@@ -87,16 +98,10 @@ def transition(
     check_noise_level(noise_level, kind)
     x, velocity = latents.float(), velocity.float()
     sigma, sigma_next = expand_sigma(sigma, x), expand_sigma(sigma_next, x)
-    if not bool(((sigma > 0) & (sigma <= 1 + 1e-4) & (sigma_next >= 0) & (sigma_next <= sigma)).all()):
-        raise ValueError(
-            f"a step from sigma {sigma.flatten().tolist()} to {sigma_next.flatten().tolist()}: wanted"
-            " 1 >= sigma > 0 and sigma >= sigma_next >= 0"
-        )
+    sigma_max = sigma_next if sigma_max is None else expand_sigma(sigma_max, x)
+    check_sigmas(sigma, sigma_next, sigma_max, kind)
     if kind == "cps":
         return _cps_transition(x, velocity, sigma, sigma_next, noise_level)
-    sigma_max = sigma_next if sigma_max is None else expand_sigma(sigma_max, x)
-    if bool(((sigma >= _NEARLY_ONE) & (sigma_max >= 1)).any()):
-        raise ValueError("a step from sigma 1 needs sigma_max, the schedule's next sigma, below 1")
     return _sde_transition(x, velocity, sigma, sigma_next, noise_level, sigma_max)
 
 

@@ -1,0 +1,146 @@
+"""The Triton kernel against its twin in torch: same bits in the integers, 1e-6 in the normals, case by case.
+
+Everywhere through Triton's interpreter, in one process of its own; with a GPU, on it as well.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from drm import branching
+from drm.branching import branch_step, candidate_noise, philox4x32
+from drm.sde import log_prob_from_squared, transition, transition_log_prob
+from tests.conftest import ROOT
+from tests.drm.branching_cases import ADDRESSES, CASES, COUNTERS, arguments, latents, outcome, words
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# A float16 or bfloat16 of nearly equal float32 numbers may be the neighbour.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("interpreted") / "taken.pt"
+    subprocess.run(
+        [sys.executable, "-m", "tests.drm.branching_cases", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+    )
+    return torch.load(path)
+
+
+def check_step(found: dict[str, torch.Tensor], case: dict, interpreted: bool) -> None:
+    twin = outcome(branching._twin(*latents(case), **arguments(case)), case)
+    close = {"atol": 2e-6, "rtol": 1e-6}
+    torch.testing.assert_close(found["state"], twin["state"], **close)
+    torch.testing.assert_close(found["std"], twin["std"], **close)
+    torch.testing.assert_close(found["squared"], twin["squared"], **close)
+    tolerance = TOLERANCE[case["dtype"]]
+    torch.testing.assert_close(found["scored"], twin["scored"], atol=2e-6, rtol=tolerance)
+    # The winner's state is the very candidate that was scored.
+    rows = range(len(found["state"])) if case["rows"] is None else case["rows"]
+    for state, row, winner in zip(found["state"], rows, case["winners"], strict=True):
+        if winner in case["branches"]:
+            scored = found["scored"][row, case["branches"].index(winner)]
+            # Triton's interpreter cuts a bfloat16 off where the GPU and torch round it.
+            cut = tolerance if interpreted and case["dtype"] == torch.bfloat16 else 0.0
+            torch.testing.assert_close(state.to(case["dtype"]), scored, rtol=cut, atol=0.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernel_equals_twin(interpreted, name):
+    check_step(interpreted["steps"][name], CASES[name], interpreted=True)
+    assert CASES.keys() == interpreted["steps"].keys()
+
+
+def check_noise(found: dict[str, torch.Tensor]) -> None:
+    """Normals themselves within 1e-6 of the twin's: 16 thousand, as far out as 4."""
+    case = CASES["noise alone"]
+    noise = candidate_noise(case["shape"][1:], case["seed"], case["step"], case["items"], case["branches"])
+    torch.testing.assert_close(found["scored"], noise, atol=1e-6, rtol=1e-6)
+    assert noise.abs().max() > 3.5
+
+
+def test_interpreted_normals(interpreted):
+    check_noise(interpreted["steps"]["noise alone"])
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_interpreted_words_are_equal_bit_for_bit(interpreted, name):
+    check_words(interpreted["words"][name], ADDRESSES[name])
+
+
+def check_words(found: torch.Tensor, address: dict) -> None:
+    counter, *constant = (
+        torch.arange(COUNTERS),
+        *(torch.tensor([address[part]]) for part in ("step", "item", "branch")),
+    )
+    low, high = address["seed"] & 0xFFFFFFFF, address["seed"] >> 32
+    expected = philox4x32(counter, *constant, low, high)
+    assert torch.equal(found, torch.stack([word.expand(COUNTERS) for word in expected]))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_twin_on_the_gpu(name):
+    kernel, case = branching._kernel(torch.device("cuda")), CASES[name]
+    assert kernel is not None
+    drawn = kernel.branch_step(*latents(case, "cuda"), **arguments(case, "cuda"))
+    check_step(outcome(drawn, case), case, interpreted=False)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_normals_on_the_gpu():
+    kernel, case = branching._kernel(torch.device("cuda")), CASES["noise alone"]
+    drawn = kernel.branch_step(*latents(case, "cuda"), **arguments(case, "cuda"))
+    check_noise(outcome(drawn, case))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_words_are_equal_bit_for_bit_on_the_gpu(name):
+    check_words(words(ADDRESSES[name], COUNTERS, "cuda"), ADDRESSES[name])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_the_gpu_draws_with_the_kernel_waits_for_nothing_and_repeats_itself():
+    x = torch.randn(3, 16, 64, 64, device="cuda")
+    sigmas = torch.linspace(1, 0, 11, device="cuda")
+    address = {"seed": 5, "items": [0, 1, 2], "branches": range(4), "sigma_max": sigmas[1]}
+    branch_step(x, -x, sigmas[0], sigmas[1], step=0, **address)  # compiles, copies the stream numbers
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = [branch_step(x, -x, sigmas[1], sigmas[2], step=1, **address) for _ in range(2)]
+        states = [one.state(torch.zeros(3, dtype=torch.long, device="cuda")) for one in drawn]
+        squared = [one.squared for one in drawn]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert branching._kernel(x.device) is not None
+    assert torch.equal(drawn[0].scored, drawn[1].scored)
+    assert torch.equal(squared[0], squared[1])
+    assert torch.equal(states[0], drawn[0].scored[:, 0])
+    alone = branch_step(x[1:2], -x[1:2], sigmas[1], sigmas[2], step=1, **{**address, "items": [1]})
+    assert torch.equal(alone.scored[0], drawn[0].scored[1])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+def test_log_probability_on_the_gpu(kind):
+    x, velocity = torch.randn(2, 2, 16, 32, 32, device="cuda")
+    drawn = branch_step(x, velocity, 0.8, 0.6, seed=1, step=2, items=[0, 1], branches=range(4), kind=kind)
+    mean, std = transition(x, velocity, 0.8, 0.6, kind=kind)
+    expected = transition_log_prob(drawn.scored, mean.unsqueeze(1), std.unsqueeze(1), kind)
+    found = log_prob_from_squared(drawn.squared, drawn.std, kind)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
