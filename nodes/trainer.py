@@ -1,5 +1,8 @@
 """Step-GRPO LoRA Trainer: a MODEL learns what a DRM likes, and leaves a LoRA that everything loads."""
 
+from collections.abc import Sequence
+
+import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
 import folder_paths
@@ -9,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..drm.lora import load_lora
 from . import adapters, folders
 from .grpo import report
-from .grpo.inputs import METHODS, Training, read_prompts
+from .grpo.inputs import METHODS, Training, prompts_fingerprint, read_prompts
 from .grpo.learner import Models
 from .grpo.run import Run
 from .loader import DRMModel
@@ -40,6 +43,11 @@ class StepGRPOLoRATrainer(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name: str) -> bool | str:
         return lora_name == NO_LORA or folders.missing_file_message("loras", lora_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, prompts: str, lora_name: str, **others: object) -> str:
+        """ComfyUI keeps a result as long as this stays: files may change under the same name."""
+        return f"{prompts_fingerprint(prompts)}:{folders.file_fingerprint('loras', lora_name)}"
 
     @classmethod
     def execute(
@@ -205,6 +213,21 @@ def training_outputs() -> list[io.Output]:
     ]
 
 
+def encode(clip: object, texts: Sequence[str]) -> list[list]:
+    """CONDITIONINGs of the prompts; ValueError when half of the memory that is free does not hold them."""
+    found, cpu = [], torch.device("cpu")
+    for text in texts:
+        mm.throw_exception_if_processing_interrupted()
+        found.append(adapters.encode_prompt(clip, text))
+        needed = len(texts) * sum(embeds.nbytes for embeds, _ in found[0])
+        if len(found) == 1 and needed > mm.get_free_memory(cpu) / 2:
+            raise ValueError(
+                f"{len(texts)} prompts take {needed / 2**30:.1f} GB as embeddings and"
+                f" {mm.get_free_memory(cpu) / 2**30:.1f} GB are free: give fewer prompts"
+            )
+    return found
+
+
 def prepare(
     training: Training,
     model: comfy.model_patcher.ModelPatcher,
@@ -218,7 +241,7 @@ def prepare(
     lora = None
     if lora_name != NO_LORA:
         lora, _ = load_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
-    prompts = [adapters.encode_prompt(clip, text) for text in training.prompts]
+    prompts = encode(clip, training.prompts)
     sampling = model.get_model_object("model_sampling")
     empty = torch.zeros(1, 16, training.height // 8, training.width // 8)
     for condition in prompts:

@@ -66,8 +66,9 @@ def tiny_transformer(
     joint_attention_dim: int = 256,
     pooled_projection_dim: int = 256,
     pos_embed_max_size: int = 24,
+    qk_norm: str | None = "rms_norm",
 ) -> nn.Module:
-    """A random float32 SD3Transformer2DModel of SD3.5-Medium's kind: RMS qk-norm, dual attention."""
+    """A random float32 SD3Transformer2DModel, of SD3.5-Medium's kind: RMS qk-norm, dual attention."""
     from diffusers import SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel(
@@ -82,7 +83,7 @@ def tiny_transformer(
         pooled_projection_dim=pooled_projection_dim,
         pos_embed_max_size=pos_embed_max_size,
         dual_attention_layers=tuple(i for i in dual_attention_layers if i < depth),
-        qk_norm="rms_norm",
+        qk_norm=qk_norm,
     )
     return randomise(transformer, seed).eval()
 

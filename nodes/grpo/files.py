@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # What may change between two runs of one training: how long it goes on and how often one looks.
 FREE = ("iterations", "save_every", "preview_every", "name")
 STATE = "drm-step-grpo-state"
+LIKE = 0.1
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -40,11 +41,23 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def sketch(latents: list[Tensor]) -> list[float]:
+    """What stays of latents (S, C, H, W) between two runs on equal inputs, whatever their last digits do."""
+    return torch.cat(latents).float().mean(dim=(2, 3)).flatten().tolist()
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    """Distance of two sketches over their size: noise of another device stays far below LIKE."""
+    a, b = torch.tensor(one), torch.tensor(other)
+    return float((a - b).norm() / b.norm()) if a.shape == b.shape else float("inf")
+
+
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run is. sketch: of the pictures before it, see `sketch`."""
 
     watch: Watch
+    sketch: list[float] = field(default_factory=list)
     iteration: int = 0
     rewards: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -77,7 +90,9 @@ class State:
         save_tensors({name: tensor.cpu() for name, tensor in self.tensors().items()}, path, header)
 
     def load(self, path: Path) -> bool:
-        """Goes on from a file; whether there was a whole one of this run's layers."""
+        """Goes on from a file; whether there was a whole one of this run's layers. ValueError when the MODEL
+        drew other pictures before that run than it does now (this state's sketch).
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -89,8 +104,15 @@ class State:
         parameters = list(self.adapters.parameters())
         if header.get("kind") != STATE or not self._fits(tensors, parameters):
             return False
-        self._take(tensors, parameters)
         progress = json.loads(header["progress"])
+        distance = apart(progress["sketch"], self.progress.sketch)
+        if distance > LIKE:
+            raise ValueError(
+                f"{path.name} is of a run whose MODEL drew other pictures before the training ({distance:.0%}"
+                " apart): another text encoder, hooks or patches are connected now; connect what that run"
+                " had, or give this one another name"
+            )
+        self._take(tensors, parameters)
         self.progress = Progress(**{**progress, "watch": Watch.from_dict(progress["watch"])})
         return True
 

@@ -22,9 +22,8 @@ PICTURES = 8
 
 def read_prompts(text: str) -> list[str]:
     """One prompt a line, equal ones once; one line that ends in .txt names a file of the input folder."""
-    lines = text.strip().splitlines()
-    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
-        lines = _read_file(lines[0].strip()).splitlines()
+    name = named_file(text)
+    lines = (_read_file(name) if name else text).splitlines()
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise ValueError(
@@ -32,6 +31,21 @@ def read_prompts(text: str) -> list[str]:
             " input folder"
         )
     return prompts
+
+
+def named_file(text: str) -> str | None:
+    """The file of the input folder that stands where prompts could, if one does."""
+    lines = text.strip().splitlines()
+    return lines[0].strip() if len(lines) == 1 and lines[0].lower().endswith(".txt") else None
+
+
+def prompts_fingerprint(text: str) -> str:
+    """Changes when the prompts do, also those in a file, without reading it."""
+    name = named_file(text)
+    if name is None:
+        return text
+    status = (Path(folder_paths.get_input_directory()) / name).stat()
+    return f"{name}:{status.st_mtime_ns}:{status.st_size}"
 
 
 def _read_file(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...drm.lora import LoRAFileError, load_lora, save_lora
 from ..score import show_on_node
-from .files import run_id, settings_of, weights_hash
+from .files import run_id, settings_of, sketch, weights_hash
 from .inputs import Training, lora_path
 from .learner import Learner, Models, Pictures
 from .policy import Policy, within_sampling
@@ -116,6 +116,7 @@ class Run:
         name = f"{self.base_path.name}_{run_id(self.training, self.hashes)}.safetensors"
         self.path = self.base_path.with_name(name)
         self.before = self.latest = self.learner.pictures(policy)
+        self.state.progress.sketch = sketch(self.before.latents)
         if self.state.load(self._state_path):
             self.notes.append(f"went on after iteration {self.state.progress.iteration} of {self.path.name}")
             self._make_good()

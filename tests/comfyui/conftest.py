@@ -28,6 +28,8 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comfyui")
     for name in FAMILY:
         (folder / "models" / name).mkdir(parents=True)
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / "breaking").symlink_to(Path(__file__).parent / "breaking")
     return folder
 
 

@@ -118,6 +118,14 @@ def test_going_on_equals_never_stopped(inside, output, method):
     assert all(torch.equal(parts[1][name], whole[1][name]) for name in whole[1])
 
 
+def test_a_running_mean_of_the_iterations(inside, output):
+    one, two = (train(inside, name=f"at{n}", iterations=n, preview_every=2)[1] for n in (1, 2))
+    mean = train(inside, name="mean", ema_decay=0.75, preview_every=2)[1]
+    for name in mean:
+        assert torch.allclose(mean[name], 0.75 * one[name] + 0.25 * two[name], atol=1e-7)
+    assert any(not torch.equal(mean[name], two[name]) for name in mean)
+
+
 def test_cancel_in_a_look_looks_again(inside, output, pack):
     import comfy.model_management as mm
 

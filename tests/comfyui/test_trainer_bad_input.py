@@ -68,6 +68,29 @@ def test_prompts_of_a_file(pack, folder):
         read("latin.txt")
 
 
+def test_a_prompt_file_that_changed_is_another_input(pack, folder):
+    fingerprint = pack.module("nodes.trainer").StepGRPOLoRATrainer.fingerprint_inputs
+
+    def now(text, lora_name="none"):
+        return fingerprint(prompts=text, lora_name=lora_name, seed=0)
+
+    (folder / "mine.txt").write_text("red heart")
+    before = now(" mine.txt\n")
+    assert now("mine.txt") == before
+    (folder / "mine.txt").write_text("blue car!!")
+    assert now("mine.txt") != before
+    assert now("red heart") == now("red heart") != now("blue car")
+
+
+def test_more_prompts_than_memory(inside, monkeypatch):
+    import comfy.model_management as mm
+
+    monkeypatch.setattr(mm, "get_free_memory", lambda *_: 1 << 20)
+    prompts = "\n".join(f"prompt {number}" for number in range(100))
+    with pytest.raises(ValueError, match=r"100 prompts take 0\.0 GB .* give fewer prompts"):
+        train(inside, prompts=prompts)
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [

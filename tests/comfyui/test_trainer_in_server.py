@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from drm.lora import load_lora
-from tests.comfyui.graphs import node
+from tests.comfyui.graphs import models, node
 from tests.comfyui.training_graphs import files, trainer_graph
 from tests.tiny import build_demo_family
 from tools.comfy_server import ComfyServer
@@ -115,6 +115,82 @@ def test_cancel_keeps_what_was_learned_and_the_next_prompt_goes_on(server, base_
     assert f"what was learned in {done} iterations is in {path}" in server.log_text()
     result = succeeded(server.run(trainer_graph(name="cancelled", iterations=done + 1)))
     assert f"went on after iteration {done}" in result.outputs["7"]["text"][0]
+
+
+@pytest.fixture
+def clean(server, base_dir):
+    """Fails the test when the server's MODEL draws anything else after it than before it."""
+
+    def draw(start):
+        graph = models() | {"90": node("TestSameModel", model=["1", 0])} | drawn(start, ["90", 0])
+        succeeded(server.run(graph))
+        return latent(base_dir, start)
+
+    before = draw(91)
+    yield
+    assert (draw(94) == before).all()
+
+
+def broken_graph(node_type, socket, source, **broken):
+    """A long training with a test's node before one of its sockets."""
+    breaks = node(node_type, **{socket: source}, **broken)
+    return trainer_graph(name="broken", iterations=50, **{socket: ["70", 0]}) | {"70": breaks}
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        (
+            ("TestMemoryFor", "model", ["1", 0], {"pictures": 9, "calls": 100}),
+            "out of memory in iteration {next}, with one picture at once and every block computed again",
+        ),
+        (("TestNaNAfter", "drm", ["3", 0], {"calls": 60}), "the reward model gave NaN or infinity"),
+    ],
+    ids=["memory", "nan"],
+)
+def test_an_end_in_the_middle_loses_nothing(server, base_dir, clean, broken, sentence):
+    node_type, socket, source, settings = broken
+    result = server.run(broken_graph(node_type, socket, source, **settings))
+    assert result.status == "error"
+    (path,) = files(base_dir / "output", "broken_*.safetensors")
+    done = load_lora(path)[1]["iteration"]
+    assert 0 < done < 50
+    assert sentence.format(next=done + 1) in result.error
+    assert (
+        f"What was learned in {done} iterations is in {path}; queued again, it goes on there" in result.error
+    )
+    assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    went_on = succeeded(server.run(trainer_graph(name="broken", iterations=done + 1)))
+    assert f"went on after iteration {done} of" in went_on.outputs["7"]["text"][0]
+    path.unlink()
+    path.with_suffix(".resume").unlink()
+
+
+def test_too_little_memory_takes_smaller_parts(server, clean):
+    graph = broken_graph("TestMemoryFor", "model", ["1", 0], pictures=1, calls=10000)
+    graph["7"]["inputs"] |= {"name": "small", "method": "grpo", "iterations": 2}
+    report = succeeded(server.run(graph)).outputs["7"]["text"][0]
+    assert "out of memory in iteration 1: from there 1 pictures at once" in report
+
+
+def test_a_folder_that_cannot_be_written(server, base_dir, clean):
+    (base_dir / "output" / "loras").mkdir(exist_ok=True)
+    (base_dir / "output" / "loras" / "blocked").write_text("a file where a folder would be")
+    result = server.run(trainer_graph(name="blocked/mine"))
+    assert result.status == "error"
+    assert "cannot be written to" in result.error
+    assert "give the server one it may" in result.error
+
+
+def test_a_prompt_file_that_changed_is_trained_on_again(server, base_dir):
+    file, graph = base_dir / "input" / "changing.txt", trainer_graph(name="changing", prompts="changing.txt")
+    counted = []
+    for prompts in ("red heart", "red heart", "blue car\ngreen tree"):
+        if not file.exists() or file.read_text() != prompts:
+            file.write_text(prompts)
+        succeeded(server.run(graph))
+        counted.append(len(files(base_dir / "output", "changing_*.safetensors")))
+    assert counted == [1, 1, 2]
 
 
 def test_two_trainers_one_after_the_other(server, base_dir):
