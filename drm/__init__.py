@@ -25,6 +25,7 @@ __all__ = [
     "preference",
     "save_drm",
     "sde",
+    "search",
     "stepwise",
 ]
 

@@ -112,7 +112,7 @@ def calibration(scores: Tensor, sigma: Tensor, num_bins: int = 10) -> dict[str, 
 
 def standard_score(scores: Tensor, sigma: float, table: dict[str, list[float]]) -> Tensor:
     """Scores taken at sigma, in stds from their mean there, interpolated between the table's bin centres."""
-    mean, std = (_interpolate(sigma, table["sigma"], table[name]) for name in ("mean", "std"))
+    mean, std = (interpolate(sigma, table["sigma"], table[name]) for name in ("mean", "std"))
     return (scores - mean) / max(std, 1e-6)
 
 
@@ -144,14 +144,15 @@ def decisive_lead(
 
 def lead_at(sigma: float, table: dict[str, list[float]]) -> float:
     """The lead of a `decisive_lead` table at sigma, interpolated between its bin centres."""
-    return _interpolate(sigma, table["sigma"], table["lead"])
+    return interpolate(sigma, table["sigma"], table["lead"])
 
 
 def _bin_of(sigma: Tensor, num_bins: int) -> Tensor:
     return (sigma * num_bins).long().clamp(0, num_bins - 1)
 
 
-def _interpolate(x: float, xs: list[float], ys: list[float]) -> float:
+def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
+    """y at x by straight lines between the points of ascending xs, and level beyond them."""
     if x <= xs[0]:
         return ys[0]
     for left in range(len(xs) - 1):

@@ -7,75 +7,27 @@
 
 (DRM: Diffusion-based Reward Model With Step-wise Guidance, CVPR 2026.) The last step, sigma_next = 0, draws
 no noise and scores nothing: it returns the denoised latent. Latents are (B, C, H, W) in model space, float32.
+search.py says where else candidates may be spent and how else be chosen, race.py does it.
 """
 
-import json
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .branching import branch_candidates
+from .budget import Budget
 from .flow import velocity_from_denoised
-from .sde import check_noise_level, transition
-
-DEFAULT_CHUNK = 16
+from .race import Race, Setup, Step, best_path, one_branch
+from .sde import check_noise_level
+from .search import FULL, Search, branching_plan
+from .trace import Trace, TraceStep
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, float, Tensor], Tensor]
-
-
-@dataclass
-class TraceStep:
-    """One step: its sigmas, candidates' scores (B, k) or None where nothing was scored, winners (B,)."""
-
-    sigma: float
-    sigma_next: float
-    scores: list[list[float]] | None
-    winner: list[int]
-
-
-@dataclass
-class Trace:
-    """What a run did: its settings and its steps. to_json and from_json are exact inverses."""
-
-    num_branches: int
-    noise_level: float
-    kind: str
-    seed: int
-    start: float
-    end: float
-    noise_scale: float
-    item_ids: list[int]
-    steps: list[TraceStep] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Trace":
-        """Raises ValueError when the text is not a trace."""
-        try:
-            fields = json.loads(text)
-            return cls(**{**fields, "steps": [TraceStep(**step) for step in fields["steps"]]})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"not a step-wise sampling trace: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Branching:
-    """How a step branches: the settings that stay the same through a run."""
-
-    num_branches: int
-    noise_level: float
-    kind: str
-    seed: int
-    noise_scale: float
-    item_ids: list[int]
-    chunk_size: int
-    sigma_max: Tensor
 
 
 def _check_settings(
@@ -117,80 +69,82 @@ def _check_inputs(latents: Tensor, sigmas: Tensor, item_ids: list[int]) -> None:
         raise ValueError("sigmas must fall from step to step and reach 0 only at the end")
 
 
-def _chunks(total: int, size: int) -> list[range]:
-    """Ranges of one length that cover 0..total; the last may reach beyond, so that all have one shape."""
-    count = math.ceil(total / size)
-    length = math.ceil(total / count)
-    return [range(first, first + length) for first in range(0, total, length)]
-
-
-def _score_chunk(score: Score, candidates: Tensor, sigma_next: Tensor, rows: range) -> Tensor:
-    """Scores (b, k') of candidates (b, k', C, H, W) that belong to the batch rows `rows`."""
-    count = candidates.shape[1]
-    item_index = torch.tensor(rows, device=candidates.device).repeat_interleave(count)
-    scores = torch.as_tensor(score(candidates.flatten(0, 1), float(sigma_next), item_index))
-    if scores.shape != item_index.shape:
+def _check_scorer(score: Score | None, num_branches: int, search: Search) -> None:
+    if score is None and (num_branches > 1 or search.paths > 1):
         raise ValueError(
-            f"the scorer returned shape {tuple(scores.shape)} for {len(item_index)} candidates, not one each"
+            f"num_branches is {num_branches} but no scorer was given to choose among the candidates"
         )
-    scores = scores.detach().to(candidates.device, torch.float32)
-    if not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).nonzero()[0])
+    needing = [name for name in ("good_enough", "skip_below") if getattr(search, name)]
+    if needing and num_branches > 1 and not getattr(score, "calibration", None):
         raise ValueError(
-            f"the scorer returned {scores[bad].item()} for batch item {int(item_index[bad])} at sigma"
-            f" {float(sigma_next):.4g}: the reward model overflowed or got bad input; try it in float32"
+            f"{' and '.join(needing)} need the reward model's calibration and the scorer has none: leave them"
+            " out (drm.search.fit_to_scorer does), or use a reward model whose file holds one"
         )
-    return scores.reshape(len(rows), count)
 
 
-def _branch_step(
-    score: Score | None,
-    x: Tensor,
-    velocity: Tensor,
-    step: int,
-    sigmas: tuple[Tensor, Tensor],
-    settings: _Branching,
-    reimpose: Callable[[Tensor, Tensor], Tensor] | None,
-    interrupt: Callable[[], object] | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The best candidate of every item, (B, C, H, W), all scores (B, k) or None, and the winners (B,).
+@dataclass
+class _Walk:
+    """Where a run is: the paths of every item, best first, and the rows that no longer branch."""
 
-    Only the best candidate so far is kept, so memory is bounded by a chunk whatever k is.
-    """
-    sigma, sigma_next = sigmas
-    batch, total = len(x), settings.num_branches
-    mean, std = transition(
-        x, velocity, sigma, sigma_next, settings.noise_level, settings.kind, settings.sigma_max
+    paths: list[Tensor]
+    resting: set[int] = field(default_factory=set)
+    calls: int = 0
+    scored: Counter[str] = field(default_factory=Counter)
+
+    def denoise(self, setup: Setup, denoise: Denoise, sigma: Tensor) -> list[Tensor]:
+        """x0 of every path, in calls of one batch each, as a mask or ControlNet expects it."""
+        denoised = []
+        for x in self.paths:
+            if denoised:
+                setup.check_interrupt()
+            denoised.append(denoise(x, sigma).float())
+        self.calls += len(denoised)
+        return denoised
+
+    def merge(self, setup: Setup, sigma: float) -> tuple[Tensor, Tensor]:
+        """Goes on with every item's best path alone: its number (B,) and all paths' scores (B, P)."""
+        best, which, scores = best_path(setup, self.paths, sigma)
+        self.paths = [best]
+        self.scored["full"] += scores.numel()
+        return which, scores
+
+
+def _euler(setup: Setup, paths: list[Tensor], velocities: list[Tensor], at: Step) -> list[Tensor]:
+    moved = [x + v * (at.sigma_next - at.sigma) for x, v in zip(paths, velocities, strict=True)]
+    return moved if setup.reimpose is None else [setup.reimpose(x, at.sigma_next) for x in moved]
+
+
+def _race(walk: _Walk, setup: Setup, velocities: list[Tensor], at: Step, num_branches: int) -> Race:
+    """Moves the paths by one branching step."""
+    before = walk.paths
+    race = Race(setup, before, velocities, at, num_branches, lambda: _euler(setup, before, velocities, at))
+    race.run([row for row in range(len(before[0])) if row not in walk.resting])
+    walk.paths = race.paths
+    walk.resting |= race.flat
+    walk.scored += race.scored
+    return race
+
+
+def _traced(sigmas: tuple[float, float], race: Race | None, batch: int) -> TraceStep:
+    """One step as the trace keeps it."""
+    if race is None:
+        return TraceStep(*sigmas, None, [0] * batch)
+    kept = [[max(place, 0) for place in row] for row in race.kept.place.tolist()]
+    return TraceStep(
+        *sigmas,
+        scores=race.scores,
+        winner=[row[0] for row in kept],
+        kept=kept if race.keep > 1 else None,
+        depth=race.depth if any(race.depth) else None,
     )
-    # Whole items of k candidates go together when they fit; a larger k is split evenly.
-    rows_per_call = max(1, settings.chunk_size // total)
-    best, best_scores = x, torch.full((batch,), -torch.inf, device=x.device)
-    winner = torch.zeros(batch, dtype=torch.long, device=x.device)
-    all_scores = []
-    for branches in _chunks(total, settings.chunk_size):
-        candidates = branch_candidates(
-            mean, std, settings.seed, step, settings.item_ids, branches, settings.noise_scale
-        )
-        if reimpose is not None:
-            candidates = torch.stack([reimpose(c, sigma_next) for c in candidates.unbind(1)], dim=1)
-        if total == 1:
-            return candidates[:, 0], None, winner
-        scores = []
-        for first in range(0, batch, rows_per_call):
-            if interrupt is not None:
-                interrupt()
-            rows = range(first, min(first + rows_per_call, batch))
-            scores.append(_score_chunk(score, candidates[rows.start : rows.stop], sigma_next, rows))
-        # Candidates beyond k only fill the last chunk's shape.
-        scores = torch.cat(scores)[:, : total - branches.start]
-        chunk_best, chunk_winner = scores.max(dim=1)
-        better = chunk_best > best_scores
-        chosen = candidates[torch.arange(batch, device=x.device), chunk_winner]
-        best = torch.where(better.reshape(-1, 1, 1, 1), chosen, best)
-        winner = torch.where(better, chunk_winner + branches.start, winner)
-        best_scores = torch.where(better, chunk_best, best_scores)
-        all_scores.append(scores)
-    return best, torch.cat(all_scores, dim=1), winner
+
+
+def _score_table(race: Race | None) -> Tensor | None:
+    """(B, m) for the callback, NaN where an item drew fewer."""
+    if race is None:
+        return None
+    rows = [torch.tensor(row) for row in race.scores]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
 @torch.no_grad()
@@ -212,12 +166,17 @@ def sample_stepwise(
     chunk_size: int | None = None,
     callback: Callable[[dict], object] | None = None,
     interrupt: Callable[[], object] | None = None,
+    search: Search | None = None,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Trace]:
     """Samples along `sigmas`, branching into num_branches candidates at every step of the window.
 
-    denoise: (x (B, C, H, W), sigma 0-d tensor) -> x0, called exactly once a step.
+    denoise: (x (B, C, H, W), sigma 0-d tensor) -> x0, called exactly once a step and kept path.
     score: (candidates (n, C, H, W), sigma_next float, item_index (n,) long: the batch row of each) -> (n,),
-        higher is better; never called, and may be None, when num_branches is 1.
+        higher is better; never called, and may be None, when num_branches is 1. It may have `dtype` (what
+        its candidates come in), `calibration`, and for early exits `staged` and `decisive`, as
+        drm.scoring.Scorer has.
     latents: x at sigmas[0]. sigmas: (N + 1,) falling within [0, 1]; with fewer than 2 nothing is done.
     num_branches: 1 continues the one stochastic branch; 1 with noise_level 0 is Euler's method bit for bit.
     start, end: the window; step i of N branches when start <= i / N < end, other steps are Euler steps.
@@ -228,57 +187,104 @@ def sample_stepwise(
         candidate before it is scored, and after every Euler step and the last.
     chunk_size: most candidates a scorer call gets. By default each item's k go in one call of their own, 16
         at most, so that a score never depends on the rest of the batch.
-    callback: called once a step with a dict of step, steps, x and denoised (tensors), sigma, sigma_next
-        (floats), scores ((B, k) or None). interrupt: called before every scorer call; it raises to cancel.
+    callback: called once a step with a dict of step, steps, x and denoised (tensors, of the best path),
+        sigma, sigma_next (floats), scores ((B, k) or None). interrupt: called before every scorer call and
+        between paths; it raises to cancel.
+    search: where candidates are spent and how the next state is chosen; None scores all and takes the best.
+    seconds: finish in this time: the first two steps are measured, then k and the window of the others are
+        picked (budget.py). clock: what is measured with.
 
     Returns the latents and the Trace. Raises ValueError for bad settings, latents, sigmas or scores.
     """
+    begun, search = clock(), search or FULL
     item_ids = list(range(len(latents))) if item_ids is None else [int(i) for i in item_ids]
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device=latents.device)
     _check_settings(num_branches, noise_level, noise_scale, kind, (start, end))
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: at least 1 candidate a call is needed")
-    if num_branches > 1 and score is None:
-        raise ValueError(
-            f"num_branches is {num_branches} but no scorer was given to choose among the candidates"
-        )
-    trace = Trace(num_branches, noise_level, kind, seed, start, end, noise_scale, item_ids)
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds is {seconds}: give a time above 0, or None for no limit")
+    _check_scorer(score, num_branches, search)
+    used = None if search is FULL else search.as_dict()
+    trace = Trace(num_branches, noise_level, kind, seed, start, end, noise_scale, item_ids, search=used)
     steps = len(sigmas) - 1
     if steps < 1:
         return latents, trace
     _check_inputs(latents, sigmas, item_ids)
 
-    chunk_size = chunk_size or min(num_branches, DEFAULT_CHUNK)
-    settings = _Branching(num_branches, noise_level, kind, seed, noise_scale, item_ids, chunk_size, sigmas[1])
+    setup = Setup(
+        score=score,
+        noise_level=noise_level,
+        kind=kind,
+        seed=seed,
+        noise_scale=noise_scale,
+        item_ids=item_ids,
+        chunk_size=chunk_size,
+        sigma_max=sigmas[1],
+        search=search,
+        reimpose=reimpose,
+        interrupt=interrupt,
+    )
+    levels = sigmas.tolist()
     euler_only = num_branches == 1 and noise_level * noise_scale == 0
-    x = latents.float()
+    plan = branching_plan(levels, num_branches, start, end, search)
+    budget = None if seconds is None else Budget(seconds, clock, plan)
+    walk = _Walk([latents.float()])
     for step in range(steps):
-        sigma, sigma_next = sigmas[step], sigmas[step + 1]
-        entering, scores = x, None
-        winner = torch.zeros(len(x), dtype=torch.long)
-        denoised = denoise(x, sigma).float()
+        at, last = Step(step, sigmas[step], sigmas[step + 1]), levels[step + 1] == 0
+        if len(walk.paths) > 1 and (
+            step / steps >= search.beam_end or not (budget is None or budget.fits(step, len(walk.paths)))
+        ):
+            walk.merge(setup, levels[step])
+            setup = replace(setup, search=replace(search, paths=1))
+        k = plan[step] if budget is None else budget.branches(step, len(walk.paths))
+        entering = walk.paths
+        denoised = walk.denoise(setup, denoise, at.sigma)
         # One sigma per item, because dividing by a scalar rounds differently from what k-diffusion does.
-        velocity = velocity_from_denoised(x, denoised, sigma.expand(len(x)))
-        last = bool(sigma_next == 0)
-        if not last and not euler_only and start <= step / steps < end:
-            x, scores, winner = _branch_step(
-                score, x, velocity, step, (sigma, sigma_next), settings, reimpose, interrupt
-            )
+        velocities = [
+            velocity_from_denoised(x, x0, at.sigma.expand(len(x)))
+            for x, x0 in zip(entering, denoised, strict=True)
+        ]
+        if budget is not None:
+            _wait(latents)
+            budget.policy_done(len(entering))
+        race = None
+        if k > 1 and len(walk.resting) < len(latents):
+            race = _race(walk, setup, velocities, at, k)
+        elif k == 1 and not euler_only:
+            walk.paths = [one_branch(setup, entering[0], velocities[0], at)]
+        elif last and not euler_only:
+            walk.paths = denoised if reimpose is None else [reimpose(x, at.sigma_next) for x in denoised]
         else:
-            x = denoised if last and not euler_only else x + velocity * (sigma_next - sigma)
-            x = x if reimpose is None else reimpose(x, sigma_next)
-        score_lists = None if scores is None else scores.tolist()
-        trace.steps.append(TraceStep(float(sigma), float(sigma_next), score_lists, winner.tolist()))
+            walk.paths = _euler(setup, entering, velocities, at)
+        if budget is not None:
+            _wait(latents)
+            budget.race_done(k * len(entering) if race is not None else 0)
+        traced = _traced((levels[step], levels[step + 1]), race, len(latents))
+        if step == steps - 1 and len(walk.paths) > 1:
+            which, scores = walk.merge(setup, levels[-1])
+            traced = replace(traced, scores=scores.tolist(), winner=which.tolist())
+        trace.steps.append(traced)
         if callback is not None:
             callback(
                 {
                     "step": step,
                     "steps": steps,
-                    "x": entering,
-                    "denoised": denoised,
-                    "sigma": float(sigma),
-                    "sigma_next": float(sigma_next),
-                    "scores": scores,
+                    "x": entering[0],
+                    "denoised": denoised[0],
+                    "sigma": levels[step],
+                    "sigma_next": levels[step + 1],
+                    "scores": _score_table(race),
                 }
             )
-    return x, trace
+    _wait(latents)
+    trace.spent = {"denoise": walk.calls, "scored": dict(walk.scored), "seconds": clock() - begun}
+    if budget is not None:
+        trace.budget = {"seconds": seconds, "branches": budget.plan}
+    return walk.paths[0], trace
+
+
+def _wait(like: Tensor) -> None:
+    """Until the device has done what it was given, so that a clock measures it."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
