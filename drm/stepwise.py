@@ -14,7 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,57 +82,103 @@ def _check_scorer(score: Score | None, num_branches: int, search: Search) -> Non
         )
 
 
-@dataclass
 class _Walk:
     """Where a run is: the paths of every item, best first, and the rows that no longer branch."""
 
-    paths: list[Tensor]
-    resting: set[int] = field(default_factory=set)
-    calls: int = 0
-    scored: Counter[str] = field(default_factory=Counter)
+    def __init__(
+        self, setup: Setup, denoise: Denoise, latents: Tensor, budget: Budget | None, euler_only: bool
+    ) -> None:
+        self.setup, self.denoise, self.budget, self.euler_only = setup, denoise, budget, euler_only
+        self.paths = [latents.float()]
+        self.resting: set[int] = set()
+        self.calls, self.scored = 0, Counter()
 
-    def denoise(self, setup: Setup, denoise: Denoise, sigma: Tensor) -> list[Tensor]:
-        """x0 of every path, in calls of one batch each, as a mask or ControlNet expects it."""
-        denoised = []
-        for x in self.paths:
-            if denoised:
-                setup.check_interrupt()
-            denoised.append(denoise(x, sigma).float())
-        self.calls += len(denoised)
-        return denoised
+    def step(self, at: Step, num_branches: int, last: bool) -> tuple[list[Tensor], Race | None]:
+        """One step of every path; what was predicted for each, and the race where there was one."""
+        denoised = self._denoised(at.sigma)
+        # One sigma per item, because dividing by a scalar rounds differently from what k-diffusion does.
+        sigmas = at.sigma.expand(len(denoised[0]))
+        velocities = [
+            velocity_from_denoised(x, x0, sigmas) for x, x0 in zip(self.paths, denoised, strict=True)
+        ]
+        self._measured(lambda budget: budget.policy_done(len(denoised)))
+        race = None
+        if num_branches > 1 and len(self.resting) < len(self.paths[0]):
+            race = self._race(at, velocities, num_branches)
+        elif num_branches == 1 and not self.euler_only:
+            self.paths = [one_branch(self.setup, self.paths[0], velocities[0], at)]
+        elif last and not self.euler_only:
+            self.paths = self._masked(denoised, at.sigma_next)
+        else:
+            self.paths = self._euler(self.paths, velocities, at)
+        drawn = 0 if race is None else num_branches * len(denoised)
+        self._measured(lambda budget: budget.race_done(drawn))
+        return denoised, race
 
-    def merge(self, setup: Setup, sigma: float) -> tuple[Tensor, Tensor]:
-        """Goes on with every item's best path alone: its number (B,) and all paths' scores (B, P)."""
-        best, which, scores = best_path(setup, self.paths, sigma)
+    def narrow(self, step: int, steps: int, sigma: float) -> None:
+        """Goes on with one path where the beam ends, or where the budget has no room for more."""
+        fits = self.budget is None or self.budget.fits(step, len(self.paths))
+        if len(self.paths) > 1 and (step / steps >= self.setup.search.beam_end or not fits):
+            self.merge(sigma)
+            self.setup = replace(self.setup, search=replace(self.setup.search, paths=1))
+
+    def merge(self, sigma: float) -> tuple[Tensor, Tensor]:
+        """Takes every item's best path at sigma: its number (B,), and all paths' scores (B, P)."""
+        best, which, scores = best_path(self.setup, self.paths, sigma)
         self.paths = [best]
         self.scored["full"] += scores.numel()
         return which, scores
 
+    def _denoised(self, sigma: Tensor) -> list[Tensor]:
+        """x0 of every path, in calls of one batch each, as masks and ControlNet expect it."""
+        denoised = []
+        for x in self.paths:
+            if denoised:
+                self.setup.check_interrupt()
+            denoised.append(self.denoise(x, sigma).float())
+        self.calls += len(denoised)
+        return denoised
 
-def _euler(setup: Setup, paths: list[Tensor], velocities: list[Tensor], at: Step) -> list[Tensor]:
-    moved = [x + v * (at.sigma_next - at.sigma) for x, v in zip(paths, velocities, strict=True)]
-    return moved if setup.reimpose is None else [setup.reimpose(x, at.sigma_next) for x in moved]
+    def _race(self, at: Step, velocities: list[Tensor], num_branches: int) -> Race:
+        before = self.paths
+        race = Race(
+            self.setup, before, velocities, at, num_branches, lambda: self._euler(before, velocities, at)
+        )
+        race.run([row for row in range(len(before[0])) if row not in self.resting])
+        self.paths = race.paths
+        self.resting |= race.flat
+        self.scored += race.scored
+        return race
+
+    def _euler(self, paths: list[Tensor], velocities: list[Tensor], at: Step) -> list[Tensor]:
+        length = at.sigma_next - at.sigma
+        return self._masked([x + v * length for x, v in zip(paths, velocities, strict=True)], at.sigma_next)
+
+    def _masked(self, paths: list[Tensor], sigma: Tensor) -> list[Tensor]:
+        reimpose = self.setup.reimpose
+        return paths if reimpose is None else [reimpose(x, sigma) for x in paths]
+
+    def _measured(self, note: Callable[[Budget], None]) -> None:
+        if self.budget is not None:
+            _wait(self.paths[0])
+            note(self.budget)
 
 
-def _race(walk: _Walk, setup: Setup, velocities: list[Tensor], at: Step, num_branches: int) -> Race:
-    """Moves the paths by one branching step."""
-    before = walk.paths
-    race = Race(setup, before, velocities, at, num_branches, lambda: _euler(setup, before, velocities, at))
-    race.run([row for row in range(len(before[0])) if row not in walk.resting])
-    walk.paths = race.paths
-    walk.resting |= race.flat
-    walk.scored += race.scored
-    return race
+def _wait(like: Tensor) -> None:
+    """Until the device has done what it was given, so that a clock measures it."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
 
 
-def _traced(sigmas: tuple[float, float], race: Race | None, batch: int) -> TraceStep:
+def _traced(sigma: float, sigma_next: float, race: Race | None, batch: int) -> TraceStep:
     """One step as the trace keeps it."""
     if race is None:
-        return TraceStep(*sigmas, None, [0] * batch)
-    kept = [[max(place, 0) for place in row] for row in race.kept.place.tolist()]
+        return TraceStep(sigma, sigma_next, None, [0] * batch)
+    kept = race.kept.place.clamp_min(0).tolist()
     return TraceStep(
-        *sigmas,
-        scores=race.scores,
+        sigma,
+        sigma_next,
+        race.scores,
         winner=[row[0] for row in kept],
         kept=kept if race.keep > 1 else None,
         depth=race.depth if any(race.depth) else None,
@@ -196,7 +242,8 @@ def sample_stepwise(
 
     Returns the latents and the Trace. Raises ValueError for bad settings, latents, sigmas or scores.
     """
-    begun, search = clock(), search or FULL
+    begun, used = clock(), None if search is None else search.as_dict()
+    search = search or FULL
     item_ids = list(range(len(latents))) if item_ids is None else [int(i) for i in item_ids]
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32, device=latents.device)
     _check_settings(num_branches, noise_level, noise_scale, kind, (start, end))
@@ -205,7 +252,6 @@ def sample_stepwise(
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds is {seconds}: give a time above 0, or None for no limit")
     _check_scorer(score, num_branches, search)
-    used = None if search is FULL else search.as_dict()
     trace = Trace(num_branches, noise_level, kind, seed, start, end, noise_scale, item_ids, search=used)
     steps = len(sigmas) - 1
     if steps < 1:
@@ -226,43 +272,18 @@ def sample_stepwise(
         interrupt=interrupt,
     )
     levels = sigmas.tolist()
-    euler_only = num_branches == 1 and noise_level * noise_scale == 0
     plan = branching_plan(levels, num_branches, start, end, search)
     budget = None if seconds is None else Budget(seconds, clock, plan)
-    walk = _Walk([latents.float()])
+    walk = _Walk(setup, denoise, latents, budget, num_branches == 1 and noise_level * noise_scale == 0)
     for step in range(steps):
-        at, last = Step(step, sigmas[step], sigmas[step + 1]), levels[step + 1] == 0
-        if len(walk.paths) > 1 and (
-            step / steps >= search.beam_end or not (budget is None or budget.fits(step, len(walk.paths)))
-        ):
-            walk.merge(setup, levels[step])
-            setup = replace(setup, search=replace(search, paths=1))
+        walk.narrow(step, steps, levels[step])
         k = plan[step] if budget is None else budget.branches(step, len(walk.paths))
-        entering = walk.paths
-        denoised = walk.denoise(setup, denoise, at.sigma)
-        # One sigma per item, because dividing by a scalar rounds differently from what k-diffusion does.
-        velocities = [
-            velocity_from_denoised(x, x0, at.sigma.expand(len(x)))
-            for x, x0 in zip(entering, denoised, strict=True)
-        ]
-        if budget is not None:
-            _wait(latents)
-            budget.policy_done(len(entering))
-        race = None
-        if k > 1 and len(walk.resting) < len(latents):
-            race = _race(walk, setup, velocities, at, k)
-        elif k == 1 and not euler_only:
-            walk.paths = [one_branch(setup, entering[0], velocities[0], at)]
-        elif last and not euler_only:
-            walk.paths = denoised if reimpose is None else [reimpose(x, at.sigma_next) for x in denoised]
-        else:
-            walk.paths = _euler(setup, entering, velocities, at)
-        if budget is not None:
-            _wait(latents)
-            budget.race_done(k * len(entering) if race is not None else 0)
-        traced = _traced((levels[step], levels[step + 1]), race, len(latents))
+        entering = walk.paths[0]
+        at = Step(step, sigmas[step], sigmas[step + 1])
+        denoised, race = walk.step(at, k, last=levels[step + 1] == 0)
+        traced = _traced(levels[step], levels[step + 1], race, len(latents))
         if step == steps - 1 and len(walk.paths) > 1:
-            which, scores = walk.merge(setup, levels[-1])
+            which, scores = walk.merge(levels[-1])
             traced = replace(traced, scores=scores.tolist(), winner=which.tolist())
         trace.steps.append(traced)
         if callback is not None:
@@ -270,7 +291,7 @@ def sample_stepwise(
                 {
                     "step": step,
                     "steps": steps,
-                    "x": entering[0],
+                    "x": entering,
                     "denoised": denoised[0],
                     "sigma": levels[step],
                     "sigma_next": levels[step + 1],
@@ -282,9 +303,3 @@ def sample_stepwise(
     if budget is not None:
         trace.budget = {"seconds": seconds, "branches": budget.plan}
     return walk.paths[0], trace
-
-
-def _wait(like: Tensor) -> None:
-    """Until the device has done what it was given, so that a clock measures it."""
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
