@@ -25,7 +25,7 @@ import numpy as np
 import peft
 import torch
 
-from benchmarks.stepwise import Prompt, choose_prompts, drm_scorer, measure
+from benchmarks.judging import Prompt, choose_prompts, drm_scorer, measure, unseen_prompts
 from drm import flow, grpo, stepwise
 from drm.grpo import GRPOSettings
 from drm.lora import save_lora
@@ -38,7 +38,7 @@ from training.network import LORA_TARGETS
 from training.shards import replace_atomically
 
 HELD_OUT_EVERY = 8
-EVALUATED = 32  # held-out prompts, two seeds each
+EVALUATED = 50  # held-out prompts, two seeds each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,27 +143,15 @@ class Policy:
         return velocity
 
 
-def unseen_pairs(concepts: int) -> dict[int, int]:
-    """{concept: style} of the 200 pairs that no demo model saw, as training.demo.data splits them."""
-    everything = [(concept, style) for style in range(len(data.STYLES)) for concept in range(concepts)]
-    return dict(everything[i] for i in data.split(everything, concepts))
-
-
 def split_prompts(family: Family, which: str) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn from, and those of every eighth concept kept aside. "unseen": only (concept, style)
     pairs
     that the generator never saw, where it has most to learn.
     """
-    prompts = choose_prompts(family, len(data.STYLES) * len(family.concepts))
     if which == "unseen":
-        pairs = unseen_pairs(len(family.concepts))
-        asked = {(p.concept, p.caption): p for p in prompts}
-        words = {p.concept: p.caption.rpartition(", ")[0] for p in prompts}
-        prompts = [
-            asked[concept, f"{words[concept]}, {data.STYLES[style]} style"]
-            for concept, style in sorted(pairs.items())
-        ]
+        prompts = unseen_prompts(family)
         return [p for i, p in enumerate(prompts) if i % 4], prompts[::4][:EVALUATED]
+    prompts = choose_prompts(family, len(data.STYLES) * len(family.concepts))
     held = [prompt for prompt in prompts if prompt.concept % HELD_OUT_EVERY == 0]
     return [p for p in prompts if p.concept % HELD_OUT_EVERY], held[:EVALUATED]
 

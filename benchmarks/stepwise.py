@@ -1,14 +1,16 @@
-"""The README's table: plain sampling, Step-wise Sampling at k = 1, 2, 4, 6 and best-of-N, on the demo family.
+"""What Step-wise Sampling costs and gives on the demo family: every measure added in turn, and at equal time.
 
-    python -m benchmarks.stepwise                                  # the table: 200 prompts, two seeds each
-    python -m benchmarks.stepwise --prompts 100 --noise-level 0.5  # a study of one setting
+    python -m benchmarks.stepwise                               # all tables: 200 prompts, two seeds each
+    python -m benchmarks.stepwise --ways plain "k = 4" --end 0.5 --prompts 100 --out study.json
 
 Every way of sampling starts from the same noise with the same prompts, batch by batch side by side, so its
-time divided by plain sampling's is a ratio measured in one run. Scores: the DRM's own on the finished latent
-(sigma 0), and the independent judge's probability of the asked concept, how often it ranks it first, and its
-median rank. Diversity: mean distance 1 - cosine of the judge's features between two seeds of a prompt.
-Intervals: 95 %, bootstrap over prompts; differences are paired with plain sampling. Passes count forwards of
-the generator's four blocks; scoring costs 0.75 of one.
+time divided by plain sampling's is a ratio measured in one run. How pictures are judged: benchmarks.judging.
+Differences are paired with plain sampling, prompt by prompt. Passes count forwards of the generator's four
+blocks; scoring costs a quarter of one for every block and candidate. "Outside" is the share of the time spent
+in neither network.
+
+`default_k4` compares the default of the node (the preset `balanced`) with greedy k = 4 at every step,
+scored naively: its time over plain sampling's, and its share of that gain in reward and with the judge.
 """
 
 from __future__ import annotations
@@ -17,210 +19,283 @@ import argparse
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from drm import flow, stepwise
-from training.demo import text
-from training.demo.autoencoder import to_float
-from training.demo.data import STYLES, read_concepts
-from training.demo.export import Family, load_family
+from benchmarks.judging import Prompt, choose_prompts, drm_scorer, embed, interval, measure, unseen_prompts
+from drm import DRM, flow, load_drm, stepwise
+from drm.scoring import Scorer
+from drm.search import PRESETS, Search
+from training.demo.export import REWARD, Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
-from training.demo.judge import judge_pictures, shrink
-from training.loop import bfloat16_autocast
+from training.shards import replace_atomically
 
 SCORE_CHUNK = 96
-BOOTSTRAPS = 2000
+BLOCKS = 4
+NO_EXIT = Search(early_exit=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is asked of the generator, and the number of the judge's concept it stands for."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way of sampling. k = 0 is plain Euler; runs: best of so many plain ones; naive: every candidate is
+    scored by itself, nothing is shared.
+    """
 
-    caption: str
-    concept: int
+    name: str
+    k: int = 0
+    start: float = 0.0
+    end: float = 1.0
+    noise_level: float = 0.7
+    kind: str = "sde"
+    search: Search = NO_EXIT
+    runs: int = 1
+    naive: bool = False
 
 
-def choose_prompts(family: Family, count: int) -> list[Prompt]:
-    """`count` captions spread over concepts and styles: every concept once before any twice."""
-    words = {name: synonyms[0] for name, synonyms in read_concepts()}
-    order = [
-        (concept, (concept + turn) % len(STYLES))
-        for turn in range(len(STYLES))
-        for concept in range(len(family.concepts))
+def from_preset(name: str) -> Way:
+    """A preset of the node."""
+    preset = PRESETS[name]
+    return Way(name=name, k=preset.num_branches, start=preset.start, end=preset.end, search=preset.search)
+
+
+def all_ways() -> list[Way]:
+    """Everything the tables show: naive costs, each measure added in turn, then ways to compare at equal
+    time.
+    """
+    ways = [Way(name="plain")]
+    ways += [Way(name=f"k = {k}", k=k, naive=True) for k in (1, 2, 4, 6)]
+    ways += [
+        Way(name="k = 4, shared", k=4),
+        Way(name="k = 4, shared, early exit", k=4, search=Search()),
+        Way(name="k = 4, window 0.5", k=4, end=0.5, search=Search()),
+        Way(name="k = 4, window 0.5, falling to 2", k=4, end=0.5, search=Search(last_branches=2)),
+        Way(name="k = 4, window 0.5, every 2nd", k=4, end=0.5, search=Search(stride=2)),
+        Way(name="k = 4, skip below 0.25", k=4, search=Search(skip_below=0.25)),
+        Way(name="k = 4, good enough 0.9", k=4, search=Search(good_enough=0.9)),
     ]
-    return [
-        Prompt(f"{words[family.concepts[concept]]}, {STYLES[style]} style", concept)
-        for concept, style in order[:count]
+    ways += [Way(name=f"best of {n}", runs=n) for n in (2, 3, 4)]
+    ways += [
+        Way(name="softmax 0.5", k=4, search=Search(choice="softmax", temperature=0.5)),
+        Way(name="beam of 2, window 0.5", k=4, end=0.5, search=Search(paths=2, beam_end=0.5)),
+        Way(name="beam of 2", k=4, search=Search(paths=2)),
+        Way(name="k = 8, window 0.3", k=8, end=0.3, search=Search()),
     ]
+    return ways + [from_preset(name) for name in PRESETS]
 
 
-def drm_scorer(
-    family: Family, captions: list[str]
-) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
-    """score(candidates, sigma, item_index) for sample_stepwise, in bfloat16."""
-    with torch.no_grad():
-        embeds, pooled = text.embed(
-            family.generator.text_encoder, text.encode_ids(family.tokenizer, captions)
-        )
+@dataclasses.dataclass
+class Timed:
+    """A callable that adds up its own seconds."""
 
-    def score(candidates: torch.Tensor, sigma: float, item: torch.Tensor) -> torch.Tensor:
-        with bfloat16_autocast(candidates.device):
-            return family.drm.score(candidates, sigma, embeds[item], pooled[item]).float()
+    work: Callable
+    seconds: float = 0.0
 
-    return score
+    def __call__(self, *arguments):
+        begun = time.perf_counter()
+        result = self.work(*arguments)
+        self.seconds += time.perf_counter() - begun
+        return result
+
+
+class TimedScorer(Timed):
+    """The product's scorer, timed; what the search asks it is passed on."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__(scorer)
+        self.staged = Timed(scorer.staged)
+        self.decisive, self.calibration, self.dtype = scorer.decisive, scorer.calibration, scorer.dtype
+
+    @property
+    def total(self) -> float:
+        return self.seconds + self.staged.seconds
+
+
+@dataclasses.dataclass
+class Sampled:
+    """Latents (B, ...) of one way, what they took, and what was spent on them."""
+
+    latents: torch.Tensor
+    seconds: float
+    outside: float
+    passes: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How all rows of a table sample."""
+    """What all ways have in common."""
 
     steps: int
     cfg: float
-    noise_level: float
-    kind: str
-    start: float
-    end: float
+    batch: int
 
 
-def sample(family: Family, captions: list[str], seeds: list[int], setting: Setting, k: int) -> torch.Tensor:
-    """Model-space latents (B, 16, 16, 16); k = 0 is plain Euler."""
-    latents, _ = stepwise.sample_stepwise(
-        guided_denoise(family.generator, family.tokenizer, captions, setting.cfg),
-        drm_scorer(family, captions),
-        initial_noise(seeds),
-        flow.schedule(setting.steps, SHIFT),
-        num_branches=max(1, k),
-        noise_level=setting.noise_level if k else 0.0,
-        kind=setting.kind,
-        start=setting.start,
-        end=setting.end,
-        item_ids=seeds,
-        chunk_size=SCORE_CHUNK,
-    )
-    return latents
-
-
-def best_of(family: Family, captions: list[str], drawn: list[torch.Tensor]) -> torch.Tensor:
-    """Of several finished latents (B, ...) for the same captions, the one the DRM likes best of each."""
-    score, index = drm_scorer(family, captions), torch.arange(len(captions))
-    scores = torch.stack([score(latents, 0.0, index) for latents in drawn])
-    return torch.stack(drawn)[scores.argmax(0), index]
-
-
-def passes(setting: Setting, k: int) -> float:
-    """Generator forwards a picture, scoring counted at its share of the blocks; the last step scores
-    nothing.
+class Bench:
+    """The family, with its reward model once in float32 under autocast and once in bfloat16 as nodes load
+    it.
     """
-    branching = sum(setting.start <= i / setting.steps < setting.end for i in range(setting.steps - 1))
-    return setting.steps * (1 if setting.cfg == 1 else 2) + (0.75 * k * branching if k > 1 else 0)
+
+    def __init__(self, family: Family, fast: DRM, setting: Setting) -> None:
+        self.family, self.fast, self.setting = family, fast, setting
+        self.plain: dict[tuple[int, ...], Sampled] = {}
+
+    def scorer(self, captions: list[str], naive: bool) -> Timed:
+        if naive:
+            return Timed(drm_scorer(self.family, captions))
+        return TimedScorer(Scorer(self.fast, *embed(self.family, captions)))
+
+    def once(self, captions: list[str], seeds: list[int], way: Way) -> Sampled:
+        """One run of a batch."""
+        denoise = Timed(
+            guided_denoise(self.family.generator, self.family.tokenizer, captions, self.setting.cfg)
+        )
+        score = self.scorer(captions, way.naive)
+        begun = time.perf_counter()
+        latents, trace = stepwise.sample_stepwise(
+            denoise,
+            score,
+            initial_noise(seeds),
+            flow.schedule(self.setting.steps, SHIFT),
+            num_branches=max(1, way.k),
+            noise_level=way.noise_level if way.k else 0.0,
+            kind=way.kind,
+            start=way.start,
+            end=way.end,
+            item_ids=seeds,
+            chunk_size=SCORE_CHUNK,
+            search=way.search,
+        )
+        seconds = time.perf_counter() - begun
+        networks = denoise.seconds + getattr(score, "total", score.seconds)
+        calls = trace.spent["denoise"] * (1 if self.setting.cfg == 1 else 2)
+        return Sampled(
+            latents, seconds, seconds - networks, calls + scored_passes(trace.spent["scored"]) / len(seeds)
+        )
+
+    def best_of(self, captions: list[str], seeds: list[int], way: Way) -> Sampled:
+        """The best finished latent of `runs` plain ones, by the reward model at sigma 0. Ways that draw the
+        same ones share them, and their time.
+        """
+        drawn = []
+        for i in range(way.runs):
+            others = tuple(seed + 1_000_000 * i for seed in seeds)
+            if others not in self.plain:
+                self.plain[others] = self.once(captions, list(others), way)
+            drawn.append(self.plain[others])
+        begun, index = time.perf_counter(), torch.arange(len(captions))
+        score = self.scorer(captions, naive=False)
+        table = torch.stack([score(run.latents, 0.0, index) for run in drawn])
+        latents = torch.stack([run.latents for run in drawn])[table.argmax(0), index]
+        choosing = time.perf_counter() - begun
+        passes = sum(run.passes for run in drawn) + way.runs * (BLOCKS - 1) / BLOCKS
+        seconds, outside = (sum(getattr(run, name) for run in drawn) for name in ("seconds", "outside"))
+        return Sampled(latents, seconds + choosing, outside, passes)
+
+    def sample(self, captions: list[str], seeds: list[int], way: Way) -> Sampled:
+        return (self.best_of if way.runs > 1 else self.once)(captions, seeds, way)
 
 
-def interval(values: np.ndarray, rng: np.random.Generator) -> list[float]:
-    """Mean of one value a prompt and its 95 % bootstrap interval: [mean, low, high]."""
-    draws = values[rng.integers(len(values), size=(BOOTSTRAPS, len(values)))].mean(1)
-    return [float(values.mean()), *(float(q) for q in np.quantile(draws, (0.025, 0.975)))]
+def scored_passes(scored: Counter[str] | dict[str, int]) -> float:
+    """Candidates by the depth they were scored to -> forwards of the whole generator."""
+    return sum(
+        count * (BLOCKS - 1 if depth == "full" else int(depth)) / BLOCKS for depth, count in scored.items()
+    )
 
 
-@torch.no_grad()
-def measure(
-    family: Family, latents: torch.Tensor, prompts: list[Prompt], seeds_each: int
-) -> dict[str, np.ndarray]:
-    """Per-prompt figures (P,) of latents (P * seeds, ...) ordered prompt by prompt."""
+def run(bench: Bench, prompts: list[Prompt], ways: list[Way], seeds_each: int) -> list[dict]:
+    """One row for each way; the first must be plain sampling."""
     captions = [prompt.caption for prompt in prompts for _ in range(seeds_each)]
-    asked = torch.tensor([prompt.concept for prompt in prompts]).repeat_interleave(seeds_each)
-    scores = torch.cat(
-        [
-            drm_scorer(family, captions[i : i + 64])(
-                latents[i : i + 64], 0.0, torch.arange(len(captions[i : i + 64]))
-            )
-            for i in range(0, len(latents), 64)
-        ]
-    )
-    pictures = family.decode(latents)
-    probability, rank = judge_pictures(family.judge, pictures, asked)
-    features = torch.cat(
-        [family.judge.features(shrink(to_float(pictures[i : i + 128]))) for i in range(0, len(pictures), 128)]
-    )
-    by_prompt = F.normalize(features, dim=1).reshape(len(prompts), seeds_each, -1)
-    figures = {
-        "drm": scores,
-        "judge": probability,
-        "judge_first": (rank == 1).float(),
-        "judge_rank": rank.float(),
+    seeds, batch = [7 + 13 * i for i in range(len(captions))], bench.setting.batch
+    short = Bench(bench.family, bench.fast, dataclasses.replace(bench.setting, steps=2))
+    for way in ways:
+        short.sample(captions[:batch], seeds[:batch], way)
+    made: dict[str, list[Sampled]] = {way.name: [] for way in ways}
+    for first in tqdm(range(0, len(captions), batch), desc="sampling", mininterval=20):
+        part = slice(first, first + batch)
+        for way in ways:
+            made[way.name].append(bench.sample(captions[part], seeds[part], way))
+        bench.plain.clear()
+    latents = {name: torch.cat([part.latents for part in parts]) for name, parts in made.items()}
+    figures = {name: measure(bench.family, found, prompts, seeds_each) for name, found in latents.items()}
+    return [row(way, made, figures, ways[0].name) for way in ways]
+
+
+def row(way: Way, made: dict[str, list[Sampled]], figures: dict, plain: str) -> dict:
+    """One way's figures with intervals."""
+    rng = np.random.default_rng(0)
+    parts, values = made[way.name], figures[way.name]
+    seconds = sum(part.seconds for part in parts)
+    found = {"way": way.name, "settings": describe(way)}
+    found["time_ratio"] = seconds / sum(part.seconds for part in made[plain])
+    found["outside"] = sum(part.outside for part in parts) / seconds
+    found["passes"] = float(np.mean([part.passes for part in parts]))
+    found |= {key: interval(value, rng) for key, value in values.items()}
+    for key in ("drm", "judge", "judge_first"):
+        found[f"{key}_gain"] = interval(values[key] - figures[plain][key], rng)
+    return found
+
+
+def describe(way: Way) -> dict:
+    """A way as plain values."""
+    settings = {key: value for key, value in dataclasses.asdict(way).items() if key not in ("name", "search")}
+    return settings | {"search": way.search.as_dict()}
+
+
+def default_k4(rows: list[dict]) -> dict[str, float]:
+    """The node's default against greedy k = 4 at every step."""
+    by_name = {found["way"]: found for found in rows}
+    default, full = by_name["balanced"], by_name["k = 4"]
+    return {
+        "time_ratio": default["time_ratio"],
+        "gain_share": default["drm_gain"][0] / full["drm_gain"][0],
+        "judge_gain": default["judge_gain"][0],
+        "full_time_ratio": full["time_ratio"],
+        "full_judge_gain": full["judge_gain"][0],
     }
-    rows = {name: value.reshape(len(prompts), seeds_each).mean(1).numpy() for name, value in figures.items()}
-    rows["judge_rank"] = rank.reshape(len(prompts), seeds_each).float().median(1).values.numpy()
-    if seeds_each > 1:
-        rows["diversity"] = 1 - (by_prompt[:, 0] * by_prompt[:, 1]).sum(1).numpy()
-    return rows
 
 
-def timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """What work returns and the seconds it took."""
-    begun = time.perf_counter()
-    return work(), time.perf_counter() - begun
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--known", action="store_true", help="prompts the generator learned, not unseen ones")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="only these; plain is always there")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change branching ways")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stepwise.json"))
+    args = parser.parse_args()
 
-
-def draw_batch(
-    family: Family,
-    captions: list[str],
-    seeds: list[int],
-    setting: Setting,
-    branches: list[int],
-    bests: list[int],
-) -> dict[tuple[str, int], tuple[torch.Tensor, float]]:
-    """Latents and seconds of every way; best-of-N starts with the plain pictures, then adds seeds."""
-    made = {("stepwise", k): timed(lambda k=k: sample(family, captions, seeds, setting, k)) for k in branches}
-    plain = [made["stepwise", 0]]
-    for i in range(1, max(bests, default=1)):
-        others = [seed + 1_000_000 * i for seed in seeds]
-        plain.append(timed(lambda others=others: sample(family, captions, others, setting, 0)))
-    for n in bests:
-        chosen, choosing = timed(lambda n=n: best_of(family, captions, [latents for latents, _ in plain[:n]]))
-        made["best-of", n] = chosen, choosing + sum(seconds for _, seconds in plain[:n])
-    return made
-
-
-def run(
-    family: Family,
-    prompts: list[Prompt],
-    setting: Setting,
-    branches: list[int],
-    bests: list[int],
-    seeds_each: int,
-    batch: int,
-) -> list[dict]:
-    """One row for each way of sampling; branches must hold 0, plain sampling."""
-    captions = [prompt.caption for prompt in prompts for _ in range(seeds_each)]
-    seeds = [7 + 13 * i for i in range(len(captions))]
-    draw_batch(
-        family, captions[:batch], seeds[:batch], dataclasses.replace(setting, steps=2), branches, bests
-    )
-    batches = [
-        draw_batch(family, captions[i : i + batch], seeds[i : i + batch], setting, branches, bests)
-        for i in tqdm(range(0, len(captions), batch), desc="sampling", mininterval=10)
+    family = load_family(args.models)
+    fast = load_drm(args.models / REWARD, dtype=torch.bfloat16).requires_grad_(False)
+    prompts = (choose_prompts(family, args.prompts) if args.known else unseen_prompts(family))[: args.prompts]
+    changes = {name: type(getattr(Way(name=""), name))(v) for name, v in (p.split("=") for p in args.set)}
+    ways = [
+        dataclasses.replace(way, **changes) if way.k else way
+        for way in all_ways()
+        if not args.ways or way.name in ("plain", *args.ways)
     ]
-    drawn = {way: torch.cat([made[way][0] for made in batches]) for way in batches[0]}
-    seconds = {way: sum(made[way][1] for made in batches) for way in batches[0]}
-    figures = {way: measure(family, latents, prompts, seeds_each) for way, latents in drawn.items()}
-    plain = figures["stepwise", 0]
-    rows = []
-    for (name, k), values in figures.items():
-        rng = np.random.default_rng(0)
-        row = {"way": name if k else "plain", "k": k, "time_ratio": seconds[name, k] / seconds["stepwise", 0]}
-        row["passes"] = passes(setting, k) if name == "stepwise" else k * (passes(setting, 0) + 0.75)
-        row |= {key: interval(value, rng) for key, value in values.items()}
-        row |= {
-            f"{key}_gain": interval(values[key] - plain[key], rng) for key in ("drm", "judge", "judge_first")
-        }
-        rows.append(row)
-    return rows
+    setting = Setting(steps=args.steps, cfg=args.cfg, batch=args.batch)
+    rows = run(Bench(family, fast, setting), prompts, ways, args.seeds)
+    report = {
+        "setting": dataclasses.asdict(setting),
+        "prompts": len(prompts),
+        "unseen": not args.known,
+        "seeds": args.seeds,
+        "device": "CPU, 2 cores",
+        "rows": rows,
+    }
+    if {"balanced", "k = 4"} <= {way.name for way in ways}:
+        report["default_k4"] = default_k4(rows)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    replace_atomically(args.out, lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    print(f"{len(prompts)} prompts x {args.seeds} seeds, {setting}\n\n{as_markdown(rows)}\n\n-> {args.out}")
 
 
 def as_markdown(rows: list[dict]) -> str:
@@ -231,73 +306,23 @@ def as_markdown(rows: list[dict]) -> str:
         return f"{mean} ({low} to {high})"
 
     lines = [
-        "| sampling | time / plain | passes | DRM score | judge: probability, % | gain over plain, points "
+        "| sampling | time / plain | passes | DRM gain | judge: probability, % | gain over plain, points "
         "| judge: first, % | diversity |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        name = (
-            "plain"
-            if row["way"] == "plain"
-            else f"k = {row['k']}"
-            if row["way"] == "stepwise"
-            else f"best of {row['k']}"
-        )
+    for found in rows:
         cells = [
-            name,
-            f"{row['time_ratio']:.2f}",
-            f"{row['passes']:.0f}",
-            cell(row["drm"]),
-            cell(row["judge"], 100, 1),
-        ]
-        cells += [
-            cell(row["judge_gain"], 100, 1),
-            cell(row["judge_first"], 100, 1),
-            cell(row["diversity"], 1, 3) if "diversity" in row else "-",
+            found["way"],
+            f"{found['time_ratio']:.2f}",
+            f"{found['passes']:.0f}",
+            cell(found["drm_gain"]),
+            cell(found["judge"], 100, 1),
+            cell(found["judge_gain"], 100, 1),
+            cell(found["judge_first"], 100, 1),
+            cell(found["diversity"], 1, 3) if "diversity" in found else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=1.5)
-    parser.add_argument("--noise-level", type=float, default=0.7)
-    parser.add_argument("--kind", choices=("sde", "cps"), default="sde")
-    parser.add_argument("--start", type=float, default=0.0)
-    parser.add_argument("--end", type=float, default=1.0)
-    parser.add_argument("--branches", type=int, nargs="+", default=[0, 1, 2, 4, 6])
-    parser.add_argument("--best-of", type=int, nargs="*", default=[2, 3])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stepwise_table.json"))
-    args = parser.parse_args()
-
-    family = load_family(args.models)
-    prompts = choose_prompts(family, args.prompts)
-    setting = Setting(
-        steps=args.steps,
-        cfg=args.cfg,
-        noise_level=args.noise_level,
-        kind=args.kind,
-        start=args.start,
-        end=args.end,
-    )
-    branches = sorted({0, *args.branches})
-    rows = run(family, prompts, setting, branches, args.best_of, args.seeds, args.batch)
-    report = {
-        "setting": dataclasses.asdict(setting),
-        "prompts": len(prompts),
-        "seeds": args.seeds,
-        "batch": args.batch,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1))
-    print(f"{len(prompts)} prompts x {args.seeds} seeds, {setting}\n\n{as_markdown(rows)}\n\n-> {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
 """The benchmark's arithmetic, by hand, and its loop on a small run of the shipped models."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import stepwise
-from benchmarks.stepwise import Setting, choose_prompts, interval, passes
-from training.demo.export import load_family
+from benchmarks.judging import choose_prompts, interval, unseen_prompts
+from benchmarks.stepwise import Bench, Setting, Way, all_ways, default_k4, scored_passes
+from drm import load_drm
+from drm.search import Search
+from training.demo.export import REWARD, load_family
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
-SETTING = Setting(steps=20, cfg=1.5, noise_level=0.7, kind="sde", start=0.0, end=1.0)
+SETTING = Setting(steps=4, cfg=1.5, batch=4)
 
 
-def test_passes_are_two_a_step_with_cfg_and_three_quarters_a_candidate():
-    assert passes(SETTING, 0) == 40
-    assert passes(SETTING, 1) == 40
-    assert passes(SETTING, 4) == 40 + 0.75 * 4 * 19
-    half = Setting(steps=20, cfg=1.0, noise_level=0.7, kind="sde", start=0.25, end=0.5)
-    assert passes(half, 2) == 20 + 0.75 * 2 * 5
+def test_scoring_costs_a_quarter_of_a_pass_for_every_block():
+    assert scored_passes({"full": 8}) == 6
+    assert scored_passes({"1": 4, "2": 2, "3": 4}) == 1 + 1 + 3
 
 
 def test_interval_brackets_the_mean_and_narrows_with_more_prompts():
@@ -32,9 +34,33 @@ def test_interval_brackets_the_mean_and_narrows_with_more_prompts():
     assert high_many - low_many < (high - low) / 5
 
 
+def test_the_default_is_compared_with_greedy_at_every_step():
+    rows = [
+        {"way": "balanced", "time_ratio": 1.5, "drm_gain": [1.8, 0, 0], "judge_gain": [0.04, 0, 0]},
+        {"way": "k = 4", "time_ratio": 2.5, "drm_gain": [2.0, 0, 0], "judge_gain": [0.05, 0, 0]},
+    ]
+    found = default_k4(rows)
+    assert found["time_ratio"] == 1.5
+    assert found["gain_share"] == pytest.approx(0.9)
+    assert (found["judge_gain"], found["full_judge_gain"]) == (0.04, 0.05)
+
+
+def test_ways_have_names_of_their_own_and_begin_with_plain_sampling():
+    names = [way.name for way in all_ways()]
+    assert len(set(names)) == len(names)
+    assert names[0] == "plain"
+    assert {"balanced", "fast", "thorough", "k = 4"} <= set(names)
+
+
 @pytest.fixture(scope="module")
 def family():
     return load_family(MODELS)
+
+
+@pytest.fixture(scope="module")
+def bench(family):
+    fast = load_drm(MODELS / REWARD, dtype=torch.bfloat16).requires_grad_(False)
+    return Bench(family, fast, SETTING)
 
 
 def test_prompts_take_every_concept_before_any_twice(family):
@@ -44,17 +70,43 @@ def test_prompts_take_every_concept_before_any_twice(family):
     assert len({prompt.caption for prompt in prompts}) == count + 5
 
 
-def test_a_small_table_has_a_row_for_every_way(family):
-    setting = Setting(steps=4, cfg=1.5, noise_level=0.7, kind="sde", start=0.0, end=1.0)
-    rows = stepwise.run(family, choose_prompts(family, 2), setting, [0, 1, 2], [2], 2, 4)
-    assert [(row["way"], row["k"]) for row in rows] == [
-        ("plain", 0),
-        ("stepwise", 1),
-        ("stepwise", 2),
-        ("best-of", 2),
+def test_unseen_prompts_name_the_pairs_that_are_held_out(family):
+    prompts = unseen_prompts(family)
+    assert len(prompts) == 200
+    assert len({prompt.concept for prompt in prompts}) == 200
+
+
+def test_a_small_table_has_a_row_for_every_way(bench):
+    ways = [
+        Way(name="plain"),
+        Way(name="k = 2", k=2, naive=True),
+        Way(name="shared", k=2),
+        Way(name="beam", k=2, search=Search(paths=2)),
+        Way(name="best of 2", runs=2),
     ]
-    assert rows[0]["time_ratio"] == 1
-    assert rows[0]["judge_gain"] == [0, 0, 0]
-    # best-of-N chooses by the DRM among N pictures that include the plain one
-    assert rows[3]["drm_gain"][0] >= 0
-    assert stepwise.as_markdown(rows).count("\n") == 5
+    rows = stepwise.run(bench, unseen_prompts(bench.family)[:2], ways, 2)
+    by_name = {row["way"]: row for row in rows}
+    assert list(by_name) == [way.name for way in ways]
+    plain = by_name["plain"]
+    assert plain["time_ratio"] == 1
+    assert plain["judge_gain"] == [0, 0, 0]
+    assert plain["passes"] == 8
+    # two candidates on three of four steps, three of four blocks each
+    assert by_name["k = 2"]["passes"] == 8 + 2 * 3 * 0.75
+    assert by_name["shared"]["passes"] == by_name["k = 2"]["passes"]
+    # both paths have a velocity once there are two, and each draws two; the finished two are scored as well
+    assert by_name["beam"]["passes"] == 2 + 3 * 4 + (2 + 4 + 4 + 2) * 0.75
+    assert by_name["best of 2"]["passes"] == 2 * 8 + 2 * 0.75
+    # best-of-N chooses by the DRM among pictures that include the plain one
+    assert by_name["best of 2"]["drm_gain"][0] >= -0.1
+    assert stepwise.as_markdown(rows).count("\n") == 6
+
+
+def test_best_of_n_shares_its_plain_runs(bench):
+    prompts = [prompt.caption for prompt in unseen_prompts(bench.family)[:2]]
+    bench.plain.clear()
+    two = bench.sample(prompts, [1, 2], Way(name="best of 2", runs=2))
+    three = bench.sample(prompts, [1, 2], dataclasses.replace(Way(name="best of 3"), runs=3))
+    assert len(bench.plain) == 3
+    assert three.seconds > two.seconds
+    bench.plain.clear()

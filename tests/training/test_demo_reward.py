@@ -1,15 +1,28 @@
 """Pairs the demo reward model learns from: what is spoiled, what is another caption's, what is never seen."""
 
+import math
+
 import pytest
 import torch
 
-from training.demo import data, reward
-from training.demo.pairs import DEGRADATIONS, DRAWINGS, Pool, degrade, other_icon, pairs
+from training.demo import reward
+from training.demo.pairs import (
+    DEGRADATIONS,
+    DRAWINGS,
+    INDIFFERENT,
+    Pool,
+    degrade,
+    disputed,
+    other_icon,
+    pairs,
+    places_of,
+)
 
 
 def make_pool(concepts=12, styles=4):
     """Latents that say which icon and variant they are: value = icon, + 0.1 * (1 + variant) for spoiled,
-    + 100 for drawn, + 1000 for rated, whose utility grows with the way.
+    + 100 for drawn, + 1000 for rated: three an icon, whose utility for its concept grows with the way and
+    which look a little like the next concept.
     """
     count = concepts * styles
     index = torch.arange(count)
@@ -17,12 +30,26 @@ def make_pool(concepts=12, styles=4):
     real = index.float().reshape(shape)
     degraded = real[:, None] + 0.1 * torch.arange(1, 1 + len(DEGRADATIONS)).reshape(1, -1, 1, 1, 1)
     drawn = real[:, None] + 100 * torch.arange(1, 1 + len(DRAWINGS)).reshape(1, -1, 1, 1, 1)
-    ways = torch.arange(1, 4)
-    rated = real[:, None] + 1000 * ways.reshape(1, -1, 1, 1, 1)
-    utility = ways.float().log().expand(count, -1)
     concept, style = index // styles, index % styles
-    trained, tested = concept < 8, concept >= 8
-    return Pool(real, degraded, drawn, rated, utility, concept, style, trained, tested)
+    owner, way = index.repeat(3), torch.arange(1, 4).repeat_interleave(count)
+    rated = (owner + 1000 * way).float().reshape(-1, 1, 1, 1)
+    utility = torch.full((3 * count, concepts), -9.0)
+    rows = torch.arange(3 * count)
+    utility[rows, concept[owner]] = way.float().log()
+    utility[rows, (concept[owner] + 1) % concepts] = -2.0
+    return Pool(
+        real=real,
+        degraded=degraded,
+        drawn=drawn,
+        rated=rated,
+        utility=utility,
+        owner=owner,
+        own=places_of(owner, count),
+        concept=concept,
+        style=style,
+        trained=concept < 8,
+        tested=concept >= 8,
+    )
 
 
 @pytest.mark.parametrize("kind", DEGRADATIONS)
@@ -83,15 +110,43 @@ def test_of_two_drawings_the_raters_say_which_and_how_surely():
     torch.testing.assert_close(label, better**2 / (better**2 + worse**2))
 
 
+def test_a_confusing_picture_is_another_concepts_that_looks_like_this_one():
+    pool = make_pool()
+    icons = torch.argwhere(pool.trained & (pool.concept > 0)).flatten()
+    chosen, rejected, label = pairs(pool, icons, "confused", pool.trained, torch.Generator().manual_seed(0))
+    assert (chosen.flatten() % 1000 == icons).all()
+    others = (rejected.flatten() % 1000).long()
+    assert (pool.concept[others] == pool.concept[icons] - 1).all()
+    assert pool.trained[others].all()
+    # at least log 1 against -2, at a sharpness of 2
+    assert (label >= torch.tensor(4.0).sigmoid() - 1e-6).all()
+
+
+def test_captions_in_dispute_come_more_often():
+    pool = make_pool()
+    own = pool.own[5]
+    pool.utility[own, pool.concept[5]] *= 20
+    icons = disputed(pool, pool.trained, 4000, torch.Generator().manual_seed(0))
+    assert pool.trained[icons].all()
+    share = (icons == 5).float().mean().item()
+    calm, loud = math.log(3) + INDIFFERENT, 20 * math.log(3) + INDIFFERENT
+    assert share == pytest.approx(loud / (loud + 31 * calm), rel=0.1)
+
+
+def test_places_of_owners_with_unequal_numbers():
+    places = places_of(torch.tensor([1, 0, 1, 3, 1]), 4)
+    assert places.tolist() == [[1, -1, -1], [0, 2, 4], [-1, -1, -1], [3, -1, -1]]
+
+
 def test_a_batch_holds_every_kind_in_its_share():
     pool = make_pool()
-    icons = data.indices(pool.trained)[:32]
-    chosen, rejected, label = reward.draw_pairs(pool, icons, torch.Generator().manual_seed(1))
+    chosen, rejected, label, icons = reward.draw_pairs(pool, 32, torch.Generator().manual_seed(1))
     assert chosen.shape == rejected.shape == (32, 1, 1, 1)
-    assert (chosen.flatten()[:12] == icons[:12]).all()
-    assert (chosen.flatten()[16:] >= 1000).all()
-    assert (label[:16] == 1).all()
-    assert (label[16:] < 1).all()
+    assert pool.trained[icons].all()
+    assert (chosen.flatten()[:10] == icons[:10]).all()
+    assert (chosen.flatten()[12:] >= 1000).all()
+    assert (label[:12] == 1).all()
+    assert (label[12:] < 1).all()
 
 
 def test_both_sides_of_a_pair_meet_one_noise_at_one_sigma():

@@ -4,10 +4,12 @@ The preferred picture is the real icon of a caption. The other one is
     wrong      another caption's icon: another concept, or the same concept in another style
     degraded   the same icon blurred, recoloured, warped, covered by noise, or with a piece cut out
     generated  what the generator draws for that caption, with early or final weights, few or many steps
-"drawn" sets a final picture of the generator's against an early one or one of another caption. "preferred"
-sets two drawings of one caption against each other, and the raters of training.demo.raters say, by a
-probability, which is the better: what a reward model is asked in a sampler and in fine-tuning. No pair of a
-held-out concept, and no held-out icon or caption, is trained on.
+"drawn" sets a final picture of the generator's against an early one or one of another caption. In the rated
+kinds the raters of training.demo.raters say, by a probability, which is better:
+    preferred  two drawings of one caption, what a reward model is asked in a sampler and in fine-tuning;
+               captions and pairs on which the raters have an opinion come more often
+    confused   a drawing of the caption and one of another caption that the raters take for it most
+No pair of a held-out concept, and no held-out icon or caption, is trained on.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ WRONG = {"wrong": 0.25, "wrong concept": 0.0, "wrong style": 1.0}
 # P(the raters' favourite is the better) = sigmoid(SHARPNESS * difference in utility); the judge of the
 # benchmarks agreed with 73 % of the raters' choices and with 89 % where utilities differed by more than 1
 SHARPNESS = 2.0
+RATED = ("preferred", "confused")
+# how often pairs come on which the raters have no opinion: as often as if utilities differed by this
+INDIFFERENT = 0.1
+CONFUSED_AMONG = 512
 GENERATED = {"generated": (0, 5), "generated early": (0, 2), "generated final": (2, 5)}
 
 
@@ -91,8 +97,9 @@ def degrade(pictures: torch.Tensor, kind: str, rng: torch.Generator) -> torch.Te
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Model-space latents by icon: real (N, ...), degraded (N, 5, ...), drawn (N, 5, ...), and the rated
-    drawings of its caption (N, ways, ...) with the raters' utility (N, ways); labels concept, style (N,).
+    """Model-space latents by icon: real (N, ...), degraded (N, 5, ...), drawn (N, 5, ...); labels concept,
+    style (N,). Rated drawings (M, ...) with the raters' utility of every concept (M, concepts) and whose
+    caption each draws, owner (M,); own (N, most): the places of each icon's drawings, -1 beyond the last.
     """
 
     real: torch.Tensor
@@ -100,6 +107,8 @@ class Pool:
     drawn: torch.Tensor
     rated: torch.Tensor
     utility: torch.Tensor
+    owner: torch.Tensor
+    own: torch.Tensor
     concept: torch.Tensor
     style: torch.Tensor
     trained: torch.Tensor
@@ -139,10 +148,27 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
     held = torch.tensor(random.Random(data.SPLIT_SEED + 1).sample(range(len(demo.names)), HELD_OUT_CONCEPTS))
     tested = torch.isin(concept, held)
     trained = ~tested & ~torch.from_numpy(demo.held_out[icons])
-    rated, utility = load_drawings(generator_folder)
+    drawings = load_drawings(generator_folder)
     return Pool(
-        cached["latents"], made["degraded"], made["drawn"], rated, utility, concept, style, trained, tested
+        real=cached["latents"],
+        degraded=made["degraded"],
+        drawn=made["drawn"],
+        rated=drawings.latents,
+        utility=drawings.utility,
+        owner=drawings.icon,
+        own=places_of(drawings.icon, len(icons)),
+        concept=concept,
+        style=style,
+        trained=trained,
+        tested=tested,
     )
+
+
+def places_of(owner: torch.Tensor, count: int) -> torch.Tensor:
+    """Owners (M,) below `count` -> (count, most): the places of each owner's entries, -1 beyond the last."""
+    order = owner.argsort(stable=True)
+    rows = order.split(torch.bincount(owner, minlength=count).tolist())
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def other_icon(
@@ -164,24 +190,61 @@ def other_icon(
     return picked
 
 
+def own_utility(pool: Pool, icons: torch.Tensor) -> torch.Tensor:
+    """What the raters think of each icon's drawings, (B, most); NaN where it has no more."""
+    found = pool.utility[pool.own[icons].clamp_min(0), pool.concept[icons][:, None]]
+    return found.masked_fill(pool.own[icons] < 0, torch.nan)
+
+
+def disputed(pool: Pool, allowed: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
+    """Icons (count,) of `allowed`, those whose drawings differ most in utility most often."""
+    candidates = data.indices(allowed)
+    found = own_utility(pool, candidates)
+    differ = found.nan_to_num(-torch.inf).amax(1) - found.nan_to_num(torch.inf).amin(1)
+    return candidates[torch.multinomial(differ + INDIFFERENT, count, replacement=True, generator=rng)]
+
+
 def rated_pairs(
-    pool: Pool, icons: torch.Tensor, rng: torch.Generator
+    pool: Pool, icons: torch.Tensor, kind: str, allowed: torch.Tensor, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two different drawings of each icon's caption, the one the raters prefer first, and their probability
-    that it is the better.
+    """A drawing of each icon's caption and another picture, the one the raters prefer first, and their
+    probability that it is the better.
     """
-    first, second = torch.rand(len(icons), pool.utility.shape[1], generator=rng).topk(2).indices.unbind(1)
-    gap = pool.utility[icons, first] - pool.utility[icons, second]
-    better, worse = torch.where(gap >= 0, first, second), torch.where(gap >= 0, second, first)
-    return pool.rated[icons, better], pool.rated[icons, worse], (SHARPNESS * gap.abs()).sigmoid()
+    utility = own_utility(pool, icons)
+    there = (~utility.isnan()).float()
+    first = torch.multinomial(there, 1, generator=rng)
+    mine, own = utility.gather(1, first)[:, 0], pool.own[icons]
+    if kind == "preferred":
+        weight = (utility - mine[:, None]).abs().nan_to_num(0) + INDIFFERENT
+        weight = (weight * there).scatter(1, first, 0.0)
+        second = torch.multinomial(weight, 1, generator=rng)
+        other, theirs = own.gather(1, second)[:, 0], utility.gather(1, second)[:, 0]
+    else:
+        other, theirs = _confusing(pool, icons, allowed, rng)
+    place = own.gather(1, first)[:, 0]
+    gap = mine - theirs
+    better, worse = torch.where(gap >= 0, place, other), torch.where(gap >= 0, other, place)
+    return pool.rated[better].float(), pool.rated[worse].float(), (SHARPNESS * gap.abs()).sigmoid()
+
+
+def _confusing(
+    pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of some drawings of other concepts, the one the raters take most for each icon's: place, utility."""
+    sample = data.indices(allowed[pool.owner])
+    sample = sample[torch.randint(len(sample), (CONFUSED_AMONG,), generator=rng)]
+    table = pool.utility[sample][:, pool.concept[icons]].T
+    same = pool.concept[pool.owner[sample]][None] == pool.concept[icons][:, None]
+    best = table.masked_fill(same, -torch.inf).max(dim=1)
+    return sample[best.indices], best.values
 
 
 def pairs(
     pool: Pool, icons: torch.Tensor, kind: str, allowed: torch.Tensor, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(preferred, other) latents of one kind for the captions of `icons`, and P(preferred is better) (B,)."""
-    if kind == "preferred":
-        return rated_pairs(pool, icons, rng)
+    if kind in RATED:
+        return rated_pairs(pool, icons, kind, allowed, rng)
     return *_certain_pairs(pool, icons, kind, allowed, rng), torch.ones(len(icons))
 
 

@@ -86,14 +86,13 @@ def load_raters(folder: Path) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def utility(raters: list[nn.Module], pictures: np.ndarray, asked: torch.Tensor, batch: int = 128):
-    """(N, H, W, 3) uint8 pictures and the concepts asked for (N,) -> mean log p(concept) (N,)."""
+def log_probabilities(raters: list[nn.Module], pictures: np.ndarray, batch: int = 128) -> torch.Tensor:
+    """(N, H, W, 3) uint8 pictures -> (N, concepts): the raters' mean log p of every concept."""
     parts = []
     for first in range(0, len(pictures), batch):
         small = shrink(to_float(pictures[first : first + batch]))
-        concept = asked[first : first + batch, None]
-        logs = [rater(small).log_softmax(-1).gather(1, concept)[:, 0] for rater in raters]
-        parts.append(torch.stack(logs).clamp_min(FLOOR).mean(0))
+        logs = [rater(small).log_softmax(-1).clamp_min(FLOOR) for rater in raters]
+        parts.append(torch.stack(logs).mean(0))
     return torch.cat(parts)
 
 

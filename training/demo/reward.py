@@ -29,14 +29,20 @@ from training.demo.generator import (
     initial_noise,
     load_generator,
 )
-from training.demo.pairs import Pool, make_pool, pairs
+from training.demo.pairs import Pool, disputed, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT = 3
 HIDDEN = 128
-# Half of what it learns from are two drawings of one caption, the question it is asked most.
-MIX = {"wrong": 0.125, "degraded": 0.125, "generated": 0.125, "drawn": 0.125, "preferred": 0.5}
-KINDS = tuple(MIX)
+# Most of what it learns from are two drawings of one caption, the question it is asked most.
+MIX = {
+    "wrong": 0.125,
+    "degraded": 0.125,
+    "generated early": 0.0625,
+    "drawn": 0.0625,
+    "confused": 0.125,
+    "preferred": 0.5,
+}
 REPORTED = (
     "wrong concept",
     "wrong style",
@@ -45,6 +51,7 @@ REPORTED = (
     "generated final",
     "drawn",
     "preferred",
+    "confused",
 )
 # Pairs of two drawings are reported where the raters are this sure.
 SURE = 0.75
@@ -147,14 +154,18 @@ def decisive_leads(drm: DRM, scores: torch.Tensor, sigmas: torch.Tensor) -> dict
 
 
 def draw_pairs(
-    pool: Pool, icons: torch.Tensor, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(chosen, rejected, label) of a training batch, the kinds in the shares of MIX."""
-    counts = [round(share * len(icons)) for share in MIX.values()]
-    counts[-1] += len(icons) - sum(counts)
-    parts = zip(KINDS, icons.split(counts), strict=True)
-    drawn = [pairs(pool, part, kind, pool.trained, rng) for kind, part in parts]
-    return tuple(torch.cat(side) for side in zip(*drawn, strict=True))
+    pool: Pool, size: int, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(chosen, rejected, label, icons) of a training batch, the kinds in the shares of MIX."""
+    train, parts = data.indices(pool.trained), []
+    for kind, share in MIX.items():
+        count = round(share * size)
+        if kind == "preferred":
+            icons = disputed(pool, pool.trained, count, rng)
+        else:
+            icons = train[torch.randint(len(train), (count,), generator=rng)]
+        parts.append((*pairs(pool, icons, kind, pool.trained, rng), icons))
+    return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
 
 def main() -> None:
@@ -175,7 +186,6 @@ def main() -> None:
     generator, tokenizer = load_generator(args.generator)
     drm = build_drm(args.generator, random_backbone=args.random_backbone)
     compiled = torch.compile(drm.forward_depths)
-    train_icons = data.indices(pool.trained)
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
@@ -188,13 +198,12 @@ def main() -> None:
         return embed_ids(captions_of(icons))
 
     def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        icons = train_icons[torch.randint(len(train_icons), (args.batch,), generator=rng)]
-        chosen, rejected, label = draw_pairs(pool, icons, rng)
+        chosen, rejected, label, icons = draw_pairs(pool, args.batch, rng)
         captions = [
             text.random_caption(demo.words[pool.concept[i]], pool.style[i], rng, empty=0.0, unstyled=0.0)
             for i in icons
         ]
-        sigma = torch.rand(args.batch, generator=rng)
+        sigma = torch.rand(len(icons), generator=rng)
         win, lose = score_pair(compiled, chosen, rejected, sigma, *embed_ids(captions), rng)
         losses = [
             preference.bradley_terry_loss(w, r, label=label) for w, r in zip(win.T, lose.T, strict=True)

@@ -27,7 +27,8 @@ PHRASINGS = 3  # captions of an icon: the canonical one first
 def flatten(pool: Pool) -> tuple[torch.Tensor, Pool]:
     """All latents of the pool in one list (M, C, H, W), and a pool that holds their places in it instead."""
     kinds = (pool.real, pool.degraded, pool.drawn, pool.rated)
-    parts, places, start = [pool.real, *(kind.flatten(0, 1) for kind in kinds[1:])], [], 0
+    parts = [pool.real, pool.degraded.flatten(0, 1), pool.drawn.flatten(0, 1), pool.rated.float()]
+    places, start = [], 0
     for part, like in zip(parts, kinds, strict=True):
         count = len(part)
         shape = (*like.shape[:-3], 1, 1, 1)
