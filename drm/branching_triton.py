@@ -4,10 +4,10 @@
     x'_ij         = mean_i + std_i * noise_scale * eps(seed, step, item_i, branch_j, element)
     sums_ijb      = sum over the elements of block b of (x'_ij - mean_i)^2
 
-The noise lives in registers only: four normals of a Philox counter (branching.py) for four neighbouring
-elements. Sigmas are read on the device or come by value, so nothing waits for the host. Sums are kept one a
-block and added up afterwards, because atomics would add in a different order every time. The float32 state
-of a winner is drawn a second time from its counters instead of keeping k of them.
+The noise lives in registers only (noise_triton.py). Sigmas are read on the device or come by value, so that
+nothing waits for the host. Sums are kept one a block and added up afterwards, because atomics would add in a
+different order every time. The float32 state of a winner is drawn a second time from its counters instead of
+keeping k of them.
 
 Floating-point contraction is off: both kernels then round as the twin in torch does, and as each other.
 """
@@ -24,68 +24,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .branching import Candidates
+from .noise_triton import noise_of
 from .sde import NEARLY_ONE
 
 # Counters, of four elements each, that a program of WARPS warps works through.
 COUNTERS, WARPS = 256, 4
 
 _NEARLY_ONE = tl.constexpr(NEARLY_ONE)
-# pi / 2 in three parts: a small whole number times one of the first two is exact in float32.
-_HALF_PI_HIGH = tl.constexpr(1.5703125)
-_HALF_PI_MIDDLE = tl.constexpr(0.0004837512969970703)
-_HALF_PI_LOW = tl.constexpr(7.549789948768648e-08)
 
 
 @triton.jit
-def _sine_and_cosine(angle):
-    """Both for angles of [0, 2 pi], to 1e-7, in fewer instructions than the library's, which take any."""
-    quarter = (angle * 0.6366197723675814 + 0.5).to(tl.int32)
-    turns = quarter.to(tl.float32)
-    rest = angle - turns * _HALF_PI_HIGH
-    rest = rest - turns * _HALF_PI_MIDDLE
-    rest = rest - turns * _HALF_PI_LOW
-    z = rest * rest
-    # Polynomials fitted to the least largest relative error on [-pi / 4, pi / 4].
-    sine = tl.fma(z, -0.00019514956876670424, 0.00833215840411633)
-    sine = tl.fma(z, sine, -0.166666545730475)
-    sine = tl.fma(rest * z, sine, rest)
-    cosine = tl.fma(z, 2.4432784389932035e-05, -0.0013887313056606893)
-    cosine = tl.fma(z, cosine, 0.04166664561867442)
-    cosine = tl.fma(z * z, cosine, tl.fma(z, -0.5, 1.0))
-    odd = (quarter & 1) != 0
-    first, second = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
-    first = tl.where((quarter & 2) != 0, -first, first)
-    second = tl.where(((quarter + 1) & 2) != 0, -second, second)
-    return first, second
-
-
-@triton.jit
-def _normal_pair(bits1, bits2):
-    u1 = tl.maximum(tl.uint_to_uniform_float(bits1), 1.0e-7)
-    sine, cosine = _sine_and_cosine(6.283185307179586 * tl.uint_to_uniform_float(bits2))
-    radius = tl.sqrt(-2.0 * tl.log(u1))
-    return radius * cosine, radius * sine
-
-
-@triton.jit
-def philox_words(seed_low, seed_high, step, item, branch, counter):
-    """Four uint32 words of every counter of a branch. seed_low, seed_high, step: int32; the rest: uint32."""
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
-    zero = counter * 0
-    return tl.philox(seed, counter, zero + step.to(tl.uint32, bitcast=True), zero + item, zero + branch)
-
-
-@triton.jit
-def _noise(seed_low, seed_high, step, item, branch, counter):
-    """(COUNTERS, 4) normals of one branch of one item."""
-    i0, i1, i2, i3 = philox_words(seed_low, seed_high, step, item, branch, counter)
-    n0, n1 = _normal_pair(i0, i1)
-    n2, n3 = _normal_pair(i2, i3)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (counter.shape[0], 4))
-
-
-@triton.jit
-def _sigma_of(source, row, STRIDE: tl.constexpr):  # noqa: N803
+def _sigma_of(source, row, STRIDE: tl.constexpr):
     if STRIDE < 0:
         value = source
     else:
@@ -94,7 +43,7 @@ def _sigma_of(source, row, STRIDE: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _transition(x, velocity, sigma, sigma_next, sigma_max, level, kept, CPS: tl.constexpr):  # noqa: N803
+def _transition(x, velocity, sigma, sigma_next, sigma_max, level, kept, CPS: tl.constexpr):
     """sde.py's mean and std. level: noise_level^2, or sin of its angle for CPS; kept: that angle's cos."""
     if CPS:
         mean = (x - sigma * velocity) * (1 - sigma_next) + (x + (1 - sigma) * velocity) * (sigma_next * kept)
@@ -121,14 +70,16 @@ def _mean_of_block(
     row,
     block,
     elements,
-    STRIDES: tl.constexpr,  # noqa: N803
-    CPS: tl.constexpr,  # noqa: N803
-    COUNTERS: tl.constexpr,  # noqa: N803
+    STRIDES: tl.constexpr,
+    CPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """Counters, elements and mask of a block of one row's latent, with its mean and std."""
     counter = block * COUNTERS + tl.arange(0, COUNTERS)
     element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
-    mask = element < elements
+    # Nothing to mask where whole blocks fill a latent, as they do at the usual sizes.
+    mask = (element < elements) | EVEN
     place = row * elements + element
     mean, std = _transition(
         tl.load(x + place, mask=mask, other=0.0).to(tl.float32),
@@ -152,6 +103,7 @@ def _candidates_kernel(
     stds,
     items,
     branches,
+    count,
     sigma,
     sigma_next,
     sigma_max,
@@ -161,24 +113,37 @@ def _candidates_kernel(
     seed_low,
     seed_high,
     step,
-    count,
     elements,
-    STRIDES: tl.constexpr,  # noqa: N803
-    CPS: tl.constexpr,  # noqa: N803
-    COUNTERS: tl.constexpr,  # noqa: N803
+    STRIDES: tl.constexpr,
+    CPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """One program: one block of one item's latent, all its branches."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     counter, element, mask, mean, std = _mean_of_block(
-        x, velocity, sigma, sigma_next, sigma_max, level, kept, row, block, elements, STRIDES, CPS, COUNTERS
+        x,
+        velocity,
+        sigma,
+        sigma_next,
+        sigma_max,
+        level,
+        kept,
+        row,
+        block,
+        elements,
+        STRIDES,
+        CPS,
+        EVEN,
+        COUNTERS,
     )
     if block == 0:
         tl.store(stds + row, std)
     item = tl.load(items + row).to(tl.uint32)
     for j in range(count):
         branch = tl.load(branches + j).to(tl.uint32)
-        noise = _noise(seed_low, seed_high, step, item, branch, counter)
-        candidate = mean + std * noise_scale * noise
+        noise = noise_of(seed_low, seed_high, step, item, branch, counter)
+        candidate = tl.fma(std * noise_scale, noise, mean)
         place = row * count + j
         tl.store(scored + place * elements + element, candidate.to(scored.dtype.element_ty), mask=mask)
         distance = tl.where(mask, candidate - mean, 0.0)
@@ -203,19 +168,33 @@ def _state_kernel(
     seed_high,
     step,
     elements,
-    STRIDES: tl.constexpr,  # noqa: N803
-    CPS: tl.constexpr,  # noqa: N803
-    COUNTERS: tl.constexpr,  # noqa: N803
+    STRIDES: tl.constexpr,
+    CPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """One program: one block of the branch winners[i] of row rows[i], in float32."""
     block, place = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.load(rows + place).to(tl.int64)
     counter, element, mask, mean, std = _mean_of_block(
-        x, velocity, sigma, sigma_next, sigma_max, level, kept, row, block, elements, STRIDES, CPS, COUNTERS
+        x,
+        velocity,
+        sigma,
+        sigma_next,
+        sigma_max,
+        level,
+        kept,
+        row,
+        block,
+        elements,
+        STRIDES,
+        CPS,
+        EVEN,
+        COUNTERS,
     )
     item, branch = tl.load(items + row).to(tl.uint32), tl.load(winners + place).to(tl.uint32)
-    noise = _noise(seed_low, seed_high, step, item, branch, counter)
-    tl.store(state + place * elements + element, mean + std * noise_scale * noise, mask=mask)
+    noise = noise_of(seed_low, seed_high, step, item, branch, counter)
+    tl.store(state + place * elements + element, tl.fma(std * noise_scale, noise, mean), mask=mask)
 
 
 @functools.lru_cache(maxsize=64)
@@ -265,50 +244,27 @@ def branch_step(
     cps, angle = kind == "cps", noise_level * math.pi / 2
     level, kept = (math.sin(angle), max(math.cos(angle), 0.0)) if cps else (noise_level**2, 0.0)
     address = (signed(seed & 0xFFFFFFFF), signed(seed >> 32), signed(step))
-    compiled = {"STRIDES": strides, "CPS": cps, "COUNTERS": COUNTERS}
-    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    # What both kernels get at the end.
+    shared = (*sigmas, level, kept, noise_scale, *address, elements)
+    even = elements % (4 * COUNTERS) == 0
+    options = {"STRIDES": strides, "CPS": cps, "EVEN": even, "COUNTERS": COUNTERS}
+    options |= {"num_warps": WARPS, "enable_fp_fusion": False}
     blocks, count = triton.cdiv(elements, 4 * COUNTERS), len(branches)
     scored = torch.empty(batch, count, *x.shape[1:], dtype=dtype, device=device)
     sums = torch.empty(batch, count, blocks, device=device)
     stds = torch.empty(batch, *[1] * (x.ndim - 1), device=device)
-    _candidates_kernel[(blocks, batch)](
-        x,
-        velocity,
-        scored,
-        sums,
-        stds,
-        items,
-        branches,
-        *sigmas,
-        level,
-        kept,
-        noise_scale,
-        *address,
-        count,
-        elements,
-        **compiled,
-        **options,
-    )
+    with torch.cuda.device_of(x):
+        _candidates_kernel[(blocks, batch)](
+            x, velocity, scored, sums, stds, items, branches, count, *shared, **options
+        )
 
     def state(branch: Tensor, rows: Tensor | None) -> Tensor:
         rows = _on_device(tuple(range(batch)), device) if rows is None else rows.to(device)
         drawn = torch.empty(len(branch), *x.shape[1:], device=device)
-        _state_kernel[(blocks, len(branch))](
-            x,
-            velocity,
-            drawn,
-            rows,
-            branch.to(device),
-            items,
-            *sigmas,
-            level,
-            kept,
-            noise_scale,
-            *address,
-            elements,
-            **compiled,
-            **options,
-        )
+        with torch.cuda.device_of(x):
+            _state_kernel[(blocks, len(branch))](
+                x, velocity, drawn, rows, branch.to(device), items, *shared, **options
+            )
         return drawn
 
     return Candidates(scored, stds, lambda: sums.sum(dim=-1) / elements, state)

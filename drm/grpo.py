@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .branching import branch_candidates, philox4x32
+from .branching import branch_step, philox4x32
 from .sde import transition, transition_log_prob
 
 Policy = Callable[[Tensor, float], Tensor]
@@ -164,6 +164,11 @@ def kl_to_reference(mean: Tensor, reference_mean: Tensor, std: Tensor, dt: float
     return ((mean - reference_mean) ** 2 / (2 * variance)).mean(dim=(-3, -2, -1))
 
 
+def _log_prob(candidates: Tensor, mean: Tensor, std: Tensor, kind: str) -> Tensor:
+    """(B, k) of candidates (B, k, C, H, W) from means (B, C, H, W)."""
+    return transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), kind)
+
+
 def _loss(
     velocity: Tensor,
     reference: Tensor | None,
@@ -176,7 +181,7 @@ def _loss(
     sigma, sigma_next = sigmas[transitions.step], sigmas[transitions.step + 1]
     arguments = (sigma, sigma_next, settings.noise_level, settings.kind, sigmas[1])
     mean, std = transition(transitions.x, velocity, *arguments)
-    log_prob = transition_log_prob(transitions.candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+    log_prob = _log_prob(transitions.candidates, mean, std, settings.kind)
     surrogate = clipped_surrogate(log_prob, transitions.log_prob, transitions.advantages, settings.clip)
     difference = (log_prob.detach() - transitions.log_prob).exp() - 1
     figures.ratio_error = max(figures.ratio_error, difference.abs().max().item())
@@ -205,11 +210,14 @@ def _draw(
     x: Tensor, velocity: Tensor, step: int, sigmas: Tensor, settings: GRPOSettings, seed: int, items, branches
 ) -> tuple[Tensor, Tensor]:
     """Candidates (B, len(branches), C, H, W) from detached velocity, and their log-probabilities."""
-    mean, std = transition(
-        x, velocity.detach(), sigmas[step], sigmas[step + 1], settings.noise_level, settings.kind, sigmas[1]
+    sigma, sigma_next, velocity = sigmas[step], sigmas[step + 1], velocity.detach()
+    settled = {"noise_level": settings.noise_level, "kind": settings.kind, "sigma_max": sigmas[1]}
+    drawn = branch_step(
+        x, velocity, sigma, sigma_next, seed=seed, step=step, items=items, branches=branches, **settled
     )
-    candidates = branch_candidates(mean, std, seed, step, items, branches)
-    return candidates, transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+    # Not from drawn.squared, which a GPU adds up in another order: the ratio must start at exactly 1.
+    mean, std = transition(x, velocity, sigma, sigma_next, **settled)
+    return drawn.scored, _log_prob(drawn.scored, mean, std, settings.kind)
 
 
 def _score_siblings(score: Score, candidates: Tensor, sigma_next: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""A Triton kernel that writes down the random words of `branching_triton`, which never leave it."""
+"""A Triton kernel that writes down the random words of `noise_triton`, which never leave it."""
 
 import triton
 import triton.language as tl
 
-from drm.branching_triton import philox_words
+from drm.noise_triton import philox_words
 
 
 @triton.jit
-def words_kernel(out, streams, seed_low, seed_high, step, COUNTERS: tl.constexpr):  # noqa: N803
+def words_kernel(out, streams, seed_low, seed_high, step, COUNTERS: tl.constexpr):
     counter = tl.arange(0, COUNTERS)
     item, branch = tl.load(streams).to(tl.uint32), tl.load(streams + 1).to(tl.uint32)
     w0, w1, w2, w3 = philox_words(seed_low, seed_high, step, item, branch, counter.to(tl.uint32))
