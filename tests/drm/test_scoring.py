@@ -8,7 +8,7 @@ import torch
 
 from drm import DRM, compiling, scoring
 from drm.backbone import backbone_from_transformer
-from drm.compiling import CompiledSteps, compile_steps, fastest
+from drm.compiling import CompiledSteps
 from drm.head import ConvHead
 from drm.prepared import PLAIN
 from drm.scoring import Scorer
@@ -175,6 +175,13 @@ def test_decisive_leads_come_in_the_shown_scale(deep, batch):
     assert scorer.decisive(1, 0.5) is None
 
 
+def test_it_carries_the_models_calibration(deep, batch):
+    table = {"sigma": [0.5], "mean": [1.0], "std": [2.0]}
+    calibrated = DRM(deep.backbone, deep.head, {"calibration": table})
+    assert Scorer(calibrated, *batch[2:]).calibration == table
+    assert Scorer(deep, *batch[2:]).calibration is None
+
+
 def test_compiled_blocks_score_the_same(deep, batch):
     latents, item, *text = batch
     torch.compiler.reset()
@@ -226,13 +233,11 @@ def test_on_a_cpu_nothing_is_compiled_unasked(deep, batch):
 
 
 def test_what_a_shape_has_cost_decides(monkeypatch):
-    """On CUDA: plain until 100 calls of a second have come close to the price, then what is fastest."""
-    seconds = {"fast": 0.5}
+    """On CUDA: plain until calls of a second each have cost what compiling is worth, then what is fastest."""
+    seconds = {PLAIN: 1.0, "fast": 0.5}
     monkeypatch.setattr(compiling, "WORTH_SECONDS", 9.5)
     monkeypatch.setattr(compiling, "compile_steps", lambda *a, **k: "fast")
-    monkeypatch.setattr(
-        compiling, "seconds_of", lambda run, steps: seconds["plain" if steps is PLAIN else steps]
-    )
+    monkeypatch.setattr(compiling, "seconds_of", lambda run, steps: seconds[steps])
     chooser, device = CompiledSteps(), torch.device("cuda")
     found = [chooser.fitting((4, 16, 8, 8), device, lambda steps: None) for _ in range(12)]
     assert found == [PLAIN] * 9 + ["fast"] * 3
