@@ -179,8 +179,7 @@ def update(policy: Policy, prompts: list[Prompt], setting: Setting, number: int,
     each = setting.batch // groups
     captions = [prompts[i].caption for i in picked for _ in range(each)]
     seeds = [1_000_000 * (setting.seed + 1) + setting.batch * number + i for i in range(setting.batch)]
-    run = grpo.step_grpo if setting.way == "step-grpo" else grpo.grpo
-    return run(
+    return grpo.roll_out(
         policy.on(captions),
         drm_scorer(policy.family, captions),
         initial_noise(seeds),

@@ -11,7 +11,7 @@ GRPO's is G trajectories of one prompt, scored at the end, the advantage given t
 2025).
 
 Siblings share state and velocity, so one forward and backward of the policy serves all k of them. And because
-their advantages are known at once, on-policy Step-GRPO learns in the very pass that draws them (`step_grpo`);
+their advantages are known at once, on-policy Step-GRPO learns in the very pass that draws them;
 GRPO must walk to the end without gradients first, and then pass through every step of every trajectory again.
 
 The policy is a callable (x (B, C, H, W), sigma float) -> velocity (B, C, H, W). `backward` takes a scalar
@@ -239,7 +239,33 @@ def _survivor(rewards: Tensor, settings: GRPOSettings, seed: int, step: int, ite
     return (bits % rewards.shape[1]).to(rewards.device)
 
 
-def step_grpo(
+@dataclass(frozen=True)
+class _RollOut:
+    """What `roll_out` was given, and the figures that grow."""
+
+    policy: Policy
+    score: Score
+    noise: Tensor
+    sigmas: Tensor
+    settings: GRPOSettings
+    seed: int
+    items: Sequence[int]
+    backward: Backward
+    reference: Policy | None
+    on_step: Callable[[int, int], object] | None
+    figures: Figures = field(default_factory=Figures)
+
+    def learn(self, velocity: Tensor, transitions: Transitions, steps: int) -> None:
+        """`backward` of one step's share of the loss. velocity: with gradients, at transitions.x."""
+        frozen = None
+        if self.reference and self.settings.kl_weight:
+            with torch.no_grad():
+                frozen = self.reference(transitions.x, float(self.sigmas[transitions.step])).float()
+        loss = _loss(velocity, frozen, transitions, self.sigmas, self.settings, self.figures)
+        self.backward(loss / steps)
+
+
+def roll_out(
     policy: Policy,
     score: Score,
     noise: Tensor,
@@ -252,36 +278,44 @@ def step_grpo(
     reference: Policy | None = None,
     on_step: Callable[[int, int], object] | None = None,
 ) -> Figures:
-    """One on-policy roll-out of Step-GRPO that learns as it goes: at every step of the window one velocity
-    with gradients, k candidates, their rewards, and `backward` of the loss divided by the steps learned from.
+    """One on-policy iteration of settings.method: pictures drawn and scored, and `backward` called with the
+    loss of every step in the window, divided by their number. The old policy is the one that draws, so the
+    ratio is exactly 1.
 
-    noise: (B, C, H, W) at sigmas[0]; sigmas (N + 1,) falling to 0; items: numbers of the noise streams, (B,).
-    score: (candidates (n, C, H, W), sigma_next, item_index (n,)) -> (n,). reference: the frozen policy,
-    needed for KL. The ratio is exactly 1: the old policy is the one that draws. ValueError for fewer than 2
-    steps.
+    noise: (B, C, H, W) at sigmas[0]; for GRPO the G = num_branches trajectories of a prompt side by side.
+    sigmas: (N + 1,) falling to 0; items: numbers of the noise streams, (B,). score: (candidates (n, C, H, W),
+    sigma, item_index (n,)) -> (n,). reference: the frozen policy, needed for KL. on_step: called with a step
+    and their number. ValueError for fewer than 2 steps and for parts of groups.
     """
     _check_rollout(noise, sigmas, items)
-    figures, x, steps = Figures(), noise.float(), len(sigmas) - 1
+    run = _RollOut(policy, score, noise, sigmas, settings, seed, items, backward, reference, on_step)
+    return _grpo(run) if settings.method == "grpo" else _step_grpo(run)
+
+
+def _step_grpo(run: _RollOut) -> Figures:
+    """Learns as it goes: at every step of the window one velocity with gradients, k candidates, their rewards
+    at sigma_next, the loss; then a sibling goes on.
+    """
+    sigmas, settings, figures = run.sigmas, run.settings, run.figures
+    x, steps = run.noise.float(), len(sigmas) - 1
     learned = [step for step in range(steps) if settings.learns(step, steps)]
     for step in range(max(learned, default=-1) + 1):
-        if on_step:
-            on_step(step, steps)
-        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        if run.on_step:
+            run.on_step(step, steps)
         with torch.set_grad_enabled(step in learned):
-            velocity = policy(x, float(sigma)).float()
+            velocity = run.policy(x, float(sigmas[step])).float()
         if step not in learned:
-            x = x + velocity * (sigma_next - sigma)
+            x = x + velocity * (sigmas[step + 1] - sigmas[step])
             figures.forwards += len(x)
             continue
         branches = range(settings.num_branches)
-        candidates, log_prob = _draw(x, velocity, step, sigmas, settings, seed, items, branches)
+        candidates, log_prob = _draw(x, velocity, step, sigmas, settings, run.seed, run.items, branches)
         with torch.no_grad():
-            rewards = _score_siblings(score, candidates, sigma_next)
-            frozen = reference(x, float(sigma)).float() if reference and settings.kl_weight else None
+            rewards = _score_siblings(run.score, candidates, sigmas[step + 1])
         advantages = gated_advantages(rewards, settings, figures)
-        found = Transitions(step, x, candidates, log_prob, advantages)
-        backward(_loss(velocity, frozen, found, sigmas, settings, figures) / len(learned))
-        x = candidates[torch.arange(len(x), device=x.device), _survivor(rewards, settings, seed, step, items)]
+        run.learn(velocity, Transitions(step, x, candidates, log_prob, advantages), len(learned))
+        survivor = _survivor(rewards, settings, run.seed, step, run.items)
+        x = candidates[torch.arange(len(x), device=x.device), survivor]
     return figures
 
 
@@ -305,44 +339,24 @@ def walk(
     return x, path
 
 
-def grpo(
-    policy: Policy,
-    score: Score,
-    noise: Tensor,
-    sigmas: Tensor,
-    settings: GRPOSettings,
-    *,
-    seed: int,
-    items: Sequence[int],
-    backward: Backward,
-    reference: Policy | None = None,
-    on_step: Callable[[int, int], object] | None = None,
-) -> Figures:
-    """One on-policy iteration of GRPO. noise: (B, C, H, W) with the G = num_branches trajectories of a prompt
-    side by side; the rest as `step_grpo`. Scores the clean latents at sigma 0 and gives every step its
-    trajectory's advantage.
+def _grpo(run: _RollOut) -> Figures:
+    """Walks to the end, scores the clean latents at sigma 0, and gives every step its trajectory's
+    advantage.
     """
-    if len(noise) % settings.num_branches:
-        raise ValueError(f"{len(noise)} latents are no whole groups of {settings.num_branches}")
-    figures = Figures()
-    final, path = walk(policy, noise, sigmas, settings, seed=seed, items=items)
-    figures.forwards += len(noise) * (len(sigmas) - 1)
+    settings, figures, count = run.settings, run.figures, run.settings.num_branches
+    if len(run.noise) % count:
+        raise ValueError(f"{len(run.noise)} latents are no whole groups of {count}")
+    final, path = walk(run.policy, run.noise, run.sigmas, settings, seed=run.seed, items=run.items)
+    figures.forwards += len(final) * (len(run.sigmas) - 1)
     rows = torch.arange(len(final), device=final.device)
     with torch.no_grad():
-        rewards = torch.cat(
-            [score(final[part], 0.0, part) for part in rows.split(settings.num_branches)]
-        ).float()
-    groups = rewards.reshape(-1, settings.num_branches)
-    advantages = gated_advantages(groups, settings, figures).reshape(-1, 1)
+        rewards = torch.cat([run.score(final[part], 0.0, part) for part in rows.split(count)]).float()
+    advantages = gated_advantages(rewards.reshape(-1, count), settings, figures).reshape(-1, 1)
     for index, found in enumerate(path):
-        if on_step:
-            on_step(index, len(path))
+        if run.on_step:
+            run.on_step(index, len(path))
         found.advantages = advantages
-        sigma = float(sigmas[found.step])
-        velocity = policy(found.x, sigma).float()
-        with torch.no_grad():
-            frozen = reference(found.x, sigma).float() if reference and settings.kl_weight else None
-        backward(_loss(velocity, frozen, found, sigmas, settings, figures) / len(path))
+        run.learn(run.policy(found.x, float(run.sigmas[found.step])).float(), found, len(path))
     return figures
 
 

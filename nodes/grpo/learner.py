@@ -18,7 +18,7 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...drm.grpo import Figures, grpo, step_grpo
+from ...drm.grpo import Figures, roll_out
 from ...drm.lora import Adapters, comfy_targets
 from .. import adapters as comfy_adapters
 from ..score import score_latents
@@ -141,8 +141,7 @@ class Learner:
         """Gradients of one prompt's trajectories, their share of the iteration's."""
         training, prompt = self.training, self.prompt(item)
         streams = [item * training.group + i for i in range(training.group)]
-        method = grpo if training.method == "grpo" else step_grpo
-        return method(
+        return roll_out(
             policy.of(prompt),
             self.scorer(self.models.drm, prompt, training.group),
             self.noise(streams),

@@ -1,5 +1,6 @@
 """Step-GRPO's arithmetic: advantages and clip by hand, gradients against a closed form, ratios exactly 1."""
 
+import dataclasses
 import math
 
 import pytest
@@ -106,7 +107,7 @@ def test_step_grpo_s_gradient_is_the_closed_form_s():
         seen["candidates"] = latents.flatten().tolist()
         return likes_high(latents, sigma, rows)
 
-    figures = grpo.step_grpo(
+    figures = grpo.roll_out(
         policy, score, x, sigmas, settings, seed=1, items=[0], backward=lambda loss: loss.backward()
     )
     g = 0.7 * math.sqrt(0.8 / 0.2)
@@ -120,9 +121,8 @@ def test_step_grpo_s_gradient_is_the_closed_form_s():
 @pytest.mark.parametrize("kind", ["sde", "cps"])
 @pytest.mark.parametrize("method", ["step-grpo", "grpo"])
 def test_on_policy_the_ratio_is_exactly_one_and_nothing_is_clipped(kind: str, method: str):
-    settings = GRPOSettings(num_branches=4, kind=kind, kl_weight=0.0)
-    run = grpo.step_grpo if method == "step-grpo" else grpo.grpo
-    figures = run(
+    settings = GRPOSettings(method=method, num_branches=4, kind=kind, kl_weight=0.0)
+    figures = grpo.roll_out(
         Linear(0.3, -0.1),
         likes_high,
         torch.randn(8, 2, 4, 4),
@@ -140,8 +140,9 @@ def test_siblings_share_one_pass_and_trajectories_do_not():
     settings, noise = GRPOSettings(num_branches=4, kl_weight=0.0), torch.randn(4, 1, 2, 2)
     step, plain = Linear(0.3, 0.0), Linear(0.3, 0.0)
     arguments = {"seed": 0, "backward": lambda loss: loss.backward()}
-    one = grpo.step_grpo(step, likes_high, noise[:1], SIGMAS, settings, items=[0], **arguments)
-    many = grpo.grpo(plain, likes_high, noise, SIGMAS, settings, items=range(4), **arguments)
+    one = grpo.roll_out(step, likes_high, noise[:1], SIGMAS, settings, items=[0], **arguments)
+    settings = dataclasses.replace(settings, method="grpo")
+    many = grpo.roll_out(plain, likes_high, noise, SIGMAS, settings, items=range(4), **arguments)
     # three steps of four have noise; four candidates each either way
     assert step.calls == [(1, True)] * 3
     assert plain.calls == [(4, False)] * 4 + [(4, True)] * 3
@@ -152,10 +153,10 @@ def test_siblings_share_one_pass_and_trajectories_do_not():
 
 def test_grpo_gives_every_step_its_trajectory_s_advantage():
     """Against log p written out: sum over steps of A grad log p, averaged over trajectories and steps."""
-    settings = GRPOSettings(num_branches=2, kl_weight=0.0)
+    settings = GRPOSettings(method="grpo", num_branches=2, kl_weight=0.0)
     noise = torch.tensor([[[[0.4]]], [[[-0.6]]]])
     policy = Linear(0.3, -0.1)
-    grpo.grpo(
+    grpo.roll_out(
         policy,
         likes_high,
         noise,
@@ -184,7 +185,7 @@ def test_grpo_gives_every_step_its_trajectory_s_advantage():
 def test_kl_pulls_towards_the_reference():
     settings = GRPOSettings(num_branches=2, kl_weight=1.0, min_std=1e9)  # every group gated: KL alone is left
     policy, reference = Linear(0.3, 0.5), Linear(0.3, 0.0)
-    figures = grpo.step_grpo(
+    figures = grpo.roll_out(
         policy,
         likes_high,
         torch.randn(2, 1, 2, 2),
@@ -204,7 +205,7 @@ def test_kl_pulls_towards_the_reference():
 def test_the_window_and_the_sibling_that_goes_on():
     settings = GRPOSettings(num_branches=4, kl_weight=0.0, start=0.25, end=0.5, sibling="best")
     policy = Linear(0.3, 0.0)
-    figures = grpo.step_grpo(
+    figures = grpo.roll_out(
         policy,
         likes_high,
         torch.randn(1, 1, 2, 2),
@@ -238,8 +239,7 @@ def test_ascending_the_reward(method: str):
     before = grpo.walk(policy, torch.zeros(64, 1, 2, 2), sigmas, settings, seed=9, items=range(64))[0].mean()
     for number in range(10):
         noise = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(number))
-        run = grpo.step_grpo if method == "step-grpo" else grpo.grpo
-        run(
+        grpo.roll_out(
             policy,
             likes_high,
             noise,
@@ -282,8 +282,9 @@ def test_roll_outs_that_cannot_learn_are_refused():
     arguments = {"settings": GRPOSettings(), "seed": 0, "backward": lambda loss: None}
     policy, noise = Linear(0.1, 0.0), torch.randn(2, 1, 2, 2)
     with pytest.raises(ValueError, match="1 steps: at least 2"):
-        grpo.step_grpo(policy, likes_high, noise, torch.tensor([1.0, 0.0]), items=[0, 1], **arguments)
+        grpo.roll_out(policy, likes_high, noise, torch.tensor([1.0, 0.0]), items=[0, 1], **arguments)
     with pytest.raises(ValueError, match="1 item numbers for 2 latents"):
-        grpo.step_grpo(policy, likes_high, noise, SIGMAS, items=[0], **arguments)
+        grpo.roll_out(policy, likes_high, noise, SIGMAS, items=[0], **arguments)
+    arguments["settings"] = GRPOSettings(method="grpo")
     with pytest.raises(ValueError, match="2 latents are no whole groups of 4"):
-        grpo.grpo(policy, likes_high, noise, SIGMAS, items=[0, 1], **arguments)
+        grpo.roll_out(policy, likes_high, noise, SIGMAS, items=[0, 1], **arguments)

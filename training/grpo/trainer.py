@@ -224,9 +224,8 @@ class Trainer:
             (share * loss).backward()
             tally.sums["loss"] += share * loss.item()
 
-        roll_out: Callable[..., grpo.Figures] = grpo.grpo if settings.method == "grpo" else grpo.step_grpo
         try:
-            figures = roll_out(
+            figures = grpo.roll_out(
                 policy,
                 score,
                 noise.to(self.device),
