@@ -144,3 +144,54 @@ def test_log_probability_on_the_gpu(kind):
     expected = transition_log_prob(drawn.scored, mean.unsqueeze(1), std.unsqueeze(1), kind)
     found = log_prob_from_squared(drawn.squared, drawn.std, kind)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+# The kernels' arguments that are no float32 tensor: "*" for pointers, numbers by value.
+TYPES = {
+    **dict.fromkeys(("level", "kept", "noise_scale"), "fp32"),
+    **dict.fromkeys(("count", "seed_low", "seed_high", "step", "elements"), "i32"),
+    **dict.fromkeys(("items", "branches", "rows", "winners"), "*i64"),
+    **dict.fromkeys(("STRIDES", "CPS", "EVEN", "COUNTERS"), "constexpr"),
+    "scored": "*bf16",
+}
+
+
+def compiled(kernel, capability: int, cps: bool):
+    """A kernel for an NVIDIA GPU that need not be there, by the compiler and assembler Triton brings along."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from drm.branching_triton import COUNTERS, WARPS
+
+    names = kernel.arg_names
+    signature = {name: TYPES.get(name, "*fp32") for name in names}
+    constants = {"STRIDES": (0, 0, 0), "CPS": cps, "EVEN": True, "COUNTERS": COUNTERS}
+    aligned = [name for name in names if signature[name].startswith("*") or name == "elements"]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options), COUNTERS // (32 * WARPS)
+
+
+@pytest.mark.parametrize(("capability", "cps"), [(80, False), (90, False), (90, True)])
+def test_compiles_without_a_gpu_into_wide_reads_and_writes(capability, cps):
+    """x and velocity are read once, 16 bytes a thread, and bfloat16 candidates written 8 bytes a thread."""
+    from drm.branching_triton import _candidates_kernel, _state_kernel
+
+    candidates, per_thread = compiled(_candidates_kernel, capability, cps)
+    state, _ = compiled(_state_kernel, capability, cps)
+    assert candidates.asm["cubin"]
+    assert state.asm["cubin"]
+    ptx = candidates.asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 2 * per_thread
+    assert ptx.count("st.global.v2.b32") == per_thread
+    assert "fma.rn.f32" in ptx
+    assert "atom." not in ptx
+    assert "local" not in ptx
+    assert state.asm["ptx"].count("st.global.v4.b32") == per_thread
