@@ -157,7 +157,7 @@ TYPES = {
 
 
 def compiled(kernel, capability: int, cps: bool):
-    """A kernel for an NVIDIA GPU that need not be there, by the compiler and assembler Triton brings along."""
+    """A kernel for an NVIDIA GPU that need not be there, by the compiler that comes with Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
