@@ -72,11 +72,6 @@ class Scorer:
         """Mean and std of real pictures' scores by sigma, where the file has them."""
         return self.drm.metadata.get("calibration")
 
-    @property
-    def calibration(self) -> dict[str, list[float]] | None:
-        """Mean and std of real pictures' scores by sigma, None where the file has none."""
-        return self.drm.metadata.get("calibration")
-
     def decisive(self, depth: int, sigma: float) -> float | None:
         """How far behind the leader at that depth a candidate is out; None where nobody has measured it."""
         table = self.drm.metadata.get("decisive", {}).get(str(depth))

@@ -10,6 +10,7 @@ Every check a user may fail is made here, before any sampling, in a sentence tha
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import comfy.latent_formats
 import comfy.ldm.common_dit
@@ -20,6 +21,9 @@ import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..drm import scoring
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LATENT_FORMAT = comfy.latent_formats.SD3()
@@ -159,39 +163,67 @@ def sd3_percent_to_sigma(percent: float) -> float:
 
 
 class Scorer:
-    """score(candidates (n, C, H, W), sigma, item_index (n,)) -> (n,): the DRM, with each item's own prompt.
+    """drm.scoring.Scorer with ComfyUI's prompts, which may change with sigma, its memory and its Cancel.
 
-    The DRM must be in memory already. When a call runs out of memory its candidates are split in two, and
-    later calls stay that small.
+    score(candidates (n, C, H, W), sigma, item_index (n,)) -> (n,) with each item's own prompt. The DRM must
+    be in memory already.
     """
 
     def __init__(
         self, patcher: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, batch: int
     ) -> None:
         self.patcher, self.prompts, self.batch = patcher, prompts, batch
-        self.largest = None
+        self._scorer, self._sigma = None, None
 
     def __call__(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
-        size = min(len(candidates), self.largest or len(candidates))
-        try:
-            pairs = zip(candidates.split(size), item_index.split(size), strict=True)
-            return torch.cat([self._score(x, sigma, items) for x, items in pairs])
-        except Exception as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        mm.soft_empty_cache()
-        self.largest = (size + 1) // 2
-        return self(candidates, sigma, item_index)
+        return self._at(sigma)(_padded(candidates), sigma, item_index)
 
-    def _score(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
-        mm.throw_exception_if_processing_interrupted()
-        device = self.patcher.load_device
-        embeds, pooled = self.prompts.at(sigma, self.batch, device)
-        item_index = item_index.to(device)
-        # ComfyUI's network pads odd sizes like this.
-        latents = comfy.ldm.common_dit.pad_to_patch_size(candidates.to(device), (2, 2))
-        scores = self.patcher.model.score(latents, sigma, embeds[item_index], pooled[item_index])
-        return scores.to(candidates.device)
+    def staged(
+        self, candidates: Tensor, sigma: float, item_index: Tensor, go_on: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (n,) and the depths (n,) they were taken at, see drm.scoring.Scorer.staged."""
+        return self._at(sigma).staged(_padded(candidates), sigma, item_index, go_on)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks before each of the DRM's heads."""
+        return self.patcher.model.depths
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What candidates are best given in."""
+        return self.patcher.model.backbone.dtype
+
+    @property
+    def calibration(self) -> dict[str, list[float]] | None:
+        """Mean and std of real pictures' scores by sigma, None where the file has none."""
+        return self.patcher.model.metadata.get("calibration")
+
+    def decisive(self, depth: int, sigma: float) -> float | None:
+        """How far behind the leader at that depth a candidate is out, None where nobody has measured it."""
+        return self._at(sigma).decisive(depth, sigma)
+
+    def _at(self, sigma: float) -> "scoring.Scorer":
+        from ..drm.scoring import Scorer
+
+        if self._scorer is None or self._sigma != sigma:
+            text = self.prompts.at(sigma, self.batch, self.patcher.load_device)
+            if self._scorer is None:
+                self._scorer = Scorer(
+                    self.patcher.model,
+                    *text,
+                    before=mm.throw_exception_if_processing_interrupted,
+                    out_of_memory=is_out_of_memory,
+                    free=mm.soft_empty_cache,
+                )
+            self._scorer.read(*text)
+            self._sigma = sigma
+        return self._scorer
+
+
+def _padded(candidates: Tensor) -> Tensor:
+    """Odd sizes padded as ComfyUI's network pads them."""
+    return comfy.ldm.common_dit.pad_to_patch_size(candidates, (2, 2))
 
 
 def is_out_of_memory(error: Exception) -> bool:

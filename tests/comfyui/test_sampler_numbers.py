@@ -99,16 +99,25 @@ def test_one_policy_evaluation_a_step_whatever_k(inside, num_branches):
     assert calls == [1] * 4
 
 
+def watch_scorer(inside, monkeypatch, see):
+    """see(candidates, sigma) at every call of the reward model, to whatever depth."""
+    scorer = inside.pack.module("nodes.adapters").Scorer
+
+    def seeing(own):
+        def call(self, candidates, sigma, *rest):
+            see(candidates, sigma)
+            return own(self, candidates, sigma, *rest)
+
+        return call
+
+    for name in ("__call__", "staged"):
+        monkeypatch.setattr(scorer, name, seeing(getattr(scorer, name)))
+
+
 def recorded_scores(inside, monkeypatch, **settings):
     """(sigma, batch size) of every call of the reward model in a run, and the run's sigmas."""
     calls = []
-    score = inside.drm.model.score
-
-    def record(latents, sigma, prompt_embeds, pooled_prompt_embeds):
-        calls.append((sigma, len(latents)))
-        return score(latents, sigma, prompt_embeds, pooled_prompt_embeds)
-
-    monkeypatch.setattr(inside.drm.model, "score", record)
+    watch_scorer(inside, monkeypatch, lambda candidates, sigma: calls.append((sigma, len(candidates))))
     _, trace = inside.run(**settings)
     return calls, [step.sigma for step in trace.steps] + [trace.steps[-1].sigma_next]
 
@@ -147,8 +156,7 @@ def test_kept_region_is_bit_for_bit_stock(inside, kind):
 
 def test_candidates_are_scored_with_the_kept_region_in_place(inside, monkeypatch):
     seen = []
-    score = inside.drm.model.score
-    monkeypatch.setattr(inside.drm.model, "score", lambda x, *rest: (seen.append(x), score(x, *rest))[1])
+    watch_scorer(inside, monkeypatch, lambda candidates, sigma: seen.append(candidates))
     inside.stepwise(inside.latent(seed=3, noise_mask=drawn_half()), num_branches=3)
     for candidates in seen:
         assert torch.equal(candidates[0, ..., :4], candidates[1, ..., :4])

@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_chunk(inside, score, monkeypatch):
 
     latent = inside.latent(batch=7, seed=6)
     wanted = score(latent)[0]
-    own, sizes = inside.drm.model.score, []
+    own, sizes = inside.drm.model.score_prepared, []
 
     def small_memory(x, *rest):
         sizes.append(len(x))
@@ -134,7 +134,7 @@ def test_out_of_memory_halves_the_chunk(inside, score, monkeypatch):
             raise mm.OOM_EXCEPTION("no memory for that many")
         return own(x, *rest)
 
-    monkeypatch.setattr(inside.drm.model, "score", small_memory)
+    monkeypatch.setattr(inside.drm.model, "score_prepared", small_memory)
     assert score(latent)[0] == pytest.approx(wanted, abs=1e-5)
     assert sizes == [7, 4, 2, 2, 2, 1]
 
@@ -145,7 +145,7 @@ def test_out_of_memory_with_one_picture_is_reported(inside, score, monkeypatch):
     def no_memory(*_):
         raise mm.OOM_EXCEPTION("nothing fits")
 
-    monkeypatch.setattr(inside.drm.model, "score", no_memory)
+    monkeypatch.setattr(inside.drm.model, "score_prepared", no_memory)
     with pytest.raises(mm.OOM_EXCEPTION, match="nothing fits"):
         score(inside.latent(batch=2, seed=6))
 

@@ -220,13 +220,13 @@ def test_error_keeps_what_was_learned(inside, output, clean):
 
 
 def test_nan_reward_stops_and_keeps(inside, output, clean, monkeypatch):
-    score, left = inside.drm.model.score, [60]
+    score, left = inside.drm.model.score_prepared, [60]
 
     def broken(*arguments):
         left[0] -= 1
         return score(*arguments) * (float("nan") if left[0] < 0 else 1)
 
-    monkeypatch.setattr(inside.drm.model, "score", broken, raising=False)
+    monkeypatch.setattr(inside.drm.model, "score_prepared", broken, raising=False)
     with pytest.raises(RuntimeError, match=r"NaN or infinity.*\nWhat was learned in \d+ iterations"):
         train(inside, iterations=50)
     assert all(tensor.isfinite().all() for tensor in load_file(files(output)[0]).values())

@@ -111,15 +111,15 @@ def test_drm_of_another_family(inside, pack, tmp_path, shape, words, which):
 
 
 def test_rewards_that_do_not_differ(inside, monkeypatch):
-    score = inside.drm.model.score
-    monkeypatch.setattr(inside.drm.model, "score", lambda *a: 0 * score(*a) + 3.0, raising=False)
+    score = inside.drm.model.score_prepared
+    monkeypatch.setattr(inside.drm.model, "score_prepared", lambda *a: 0 * score(*a) + 3.0, raising=False)
     with pytest.raises(ValueError, match=r"rewards of siblings differ by 0 \(std\).* raise noise_level"):
         train(inside)
 
 
 def test_nan_reward_at_once(inside, monkeypatch):
-    score = inside.drm.model.score
-    monkeypatch.setattr(inside.drm.model, "score", lambda *a: score(*a) * float("nan"), raising=False)
+    score = inside.drm.model.score_prepared
+    monkeypatch.setattr(inside.drm.model, "score_prepared", lambda *a: score(*a) * float("nan"))
     with pytest.raises(ValueError, match="NaN or infinity"):
         train(inside)
 
