@@ -101,7 +101,7 @@ def _rules(search: Search) -> list[tuple[bool, str]]:
         ),
         (
             search.good_enough is not None and not 0 < search.good_enough < 1,
-            f"good_enough is {search.good_enough}: it is a quantile between 0 and 1, such as 0.9, or None",
+            f"good_enough is {search.good_enough}: it is a quantile above 0 and below 1, such as 0.9",
         ),
         (not search.round_size >= 2, f"round_size is {search.round_size}: a round draws at least 2"),
         (

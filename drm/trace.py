@@ -34,7 +34,7 @@ class Trace:
 
     search: the settings of drm.search.Search, None for plain greedy steps. spent: {"denoise": calls of the
     policy, "scored": candidates by the depth they were scored to, "seconds": all of it}. budget: what was
-    asked and chosen, where seconds were given.
+    asked and chosen, where seconds were given. preset: the name of a node's settings.
     """
 
     num_branches: int
@@ -49,6 +49,7 @@ class Trace:
     search: dict | None = None
     spent: dict | None = None
     budget: dict | None = None
+    preset: str = "custom"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), allow_nan=False)

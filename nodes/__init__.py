@@ -8,11 +8,12 @@ from .loader import DRMLoader
 from .plot import DRMTracePlot
 from .sampler import StepwiseKSampler, StepwiseSampler
 from .score import DRMScoreLatent
+from .search import DRMSearch
 from .trainer import StepGRPOLoRATrainer
 
 
 class DRMExtension(ComfyExtension):
-    """The seven nodes, the model folders they read and the hook that brings traces into saved pictures."""
+    """The eight nodes, the model folders they read and the hook that brings traces into saved pictures."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Not in on_load, which ComfyUI 0.3.75 never calls; the nodes need the folders when asked for inputs.
@@ -23,6 +24,7 @@ class DRMExtension(ComfyExtension):
             DRMScoreLatent,
             StepwiseKSampler,
             StepwiseSampler,
+            DRMSearch,
             DRMTracePlot,
             DRMDemoCLIPLoader,
             StepGRPOLoRATrainer,

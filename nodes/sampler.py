@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from . import adapters
 from .loader import DRMModel
+from .search import PRESETS, DRMSearchType
 from .step_loop import KINDS, MAX_BRANCHES, Branching, sample_with_drm
 from .traces import DRMTrace, TraceLog
 
@@ -62,6 +63,31 @@ def branching_inputs() -> list[io.Input]:
             "cost no "
             "scoring; the last step never branches.",
         ),
+    ]
+
+
+def spending_inputs() -> list[io.Input]:
+    """The inputs both nodes share that came later: last and optional, so that older graphs stay valid."""
+    return [
+        io.Combo.Input(
+            "preset",
+            options=PRESETS,
+            default="balanced",
+            optional=True,
+            tooltip="fast, balanced, thorough: measured settings in place of num_branches, branch_start, "
+            "branch_end and the search. custom: as set here, with the DRM Search connected to it.",
+        ),
+        io.Float.Input(
+            "seconds",
+            default=0.0,
+            min=0.0,
+            max=86400.0,
+            step=0.5,
+            optional=True,
+            tooltip="Time the sampling may take: the first two steps are measured, then the number of "
+            "candidates and the window are chosen to finish inside it. 0: no limit.",
+        ),
+        DRMSearchType.Input("search", optional=True, tooltip="From DRM Search, for preset custom."),
     ]
 
 
@@ -126,6 +152,7 @@ class StepwiseKSampler(io.ComfyNode):
                     tooltip="Less than 1 keeps the structure of the input latent (image to image).",
                 ),
                 *branching_inputs(),
+                *spending_inputs(),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent."),
@@ -153,6 +180,9 @@ class StepwiseKSampler(io.ComfyNode):
         kind: str,
         branch_start: float,
         branch_end: float,
+        preset: str = "custom",
+        seconds: float = 0.0,
+        search: object = None,
     ) -> io.NodeOutput:
         branching = Branching(
             num_branches=num_branches,
@@ -161,6 +191,9 @@ class StepwiseKSampler(io.ComfyNode):
             start=branch_start,
             end=branch_end,
             seed=seed,
+            preset=preset,
+            seconds=seconds,
+            search=search,
         )
         adapters.check_choice("scheduler", scheduler, comfy.samplers.SCHEDULER_NAMES)
         samples = comfy.sample.fix_empty_latent_channels(
@@ -207,17 +240,20 @@ class StepwiseKSampler(io.ComfyNode):
 
 def empty_trace(branching: Branching, item_ids: list[int]) -> object:
     """The trace of a run without steps, which denoise 0 makes."""
-    from ..drm.stepwise import Trace
+    from ..drm.trace import Trace
 
+    settings = branching.chosen()
     return Trace(
-        num_branches=branching.num_branches,
-        noise_level=branching.noise_level,
-        kind=branching.kind,
-        seed=branching.seed,
-        start=branching.start,
-        end=branching.end,
+        num_branches=settings.num_branches,
+        noise_level=settings.noise_level,
+        kind=settings.kind,
+        seed=settings.seed,
+        start=settings.start,
+        end=settings.end,
         noise_scale=1.0,
         item_ids=item_ids,
+        search=None if settings.search is None else settings.search.as_dict(),
+        preset=branching.preset,
     )
 
 
@@ -252,6 +288,7 @@ class StepwiseSampler(io.ComfyNode):
                     "sampling "
                     "node; with the same seed there, the picture is that of Step-wise KSampler.",
                 ),
+                *spending_inputs(),
             ],
             outputs=[
                 io.Sampler.Output("sampler", display_name="SAMPLER", tooltip="For SamplerCustomAdvanced."),
@@ -277,6 +314,9 @@ class StepwiseSampler(io.ComfyNode):
         branch_start: float,
         branch_end: float,
         seed: int,
+        preset: str = "custom",
+        seconds: float = 0.0,
+        search: object = None,
     ) -> io.NodeOutput:
         branching = Branching(
             num_branches=num_branches,
@@ -285,6 +325,9 @@ class StepwiseSampler(io.ComfyNode):
             start=branch_start,
             end=branch_end,
             seed=seed,
+            preset=preset,
+            seconds=seconds,
+            search=search,
         )
         log = TraceLog()
         options = {"drm": drm, "positive": positive, "branching": branching, "on_trace": log.add}

@@ -6,9 +6,12 @@
 The policy is only ever called through ComfyUI's own wrapper, so CFG, LoRA, ControlNet, areas and hooks apply.
 """
 
+import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -17,7 +20,11 @@ import torch
 from torch import Tensor
 
 from . import adapters, trace_metadata
+from .search import PRESETS, check_calibrated
 from .traces import trace_to_dict
+
+if TYPE_CHECKING:
+    from ..drm.search import Search
 
 KINDS = ["sde", "cps"]
 MAX_BRANCHES = 1024
@@ -25,7 +32,7 @@ MAX_BRANCHES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Branching:
-    """What the shared inputs say; names as in drm.stepwise."""
+    """What the shared inputs say; names as in drm.stepwise. search: from DRM Search, None without one."""
 
     num_branches: int
     noise_level: float
@@ -33,10 +40,21 @@ class Branching:
     start: float
     end: float
     seed: int
+    preset: str = "custom"
+    seconds: float = 0.0
+    search: "Search | None" = None
 
     def __post_init__(self) -> None:
         # A linked value escapes the limits of the widget.
         adapters.check_choice("kind", self.kind, KINDS)
+        adapters.check_choice("preset", self.preset, PRESETS)
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise ValueError(f"seconds is {self.seconds}: give 0 for no limit, or the time it may take")
+        if self.search is not None and self.preset != "custom":
+            raise ValueError(
+                f"a DRM Search is connected and preset is '{self.preset}', which brings its own: set preset"
+                " to custom, or disconnect it"
+            )
         if not 1 <= self.num_branches <= MAX_BRANCHES:
             raise ValueError(
                 f"num_branches is {self.num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"
@@ -46,6 +64,37 @@ class Branching:
                 f"branch_start is {self.start} and branch_end {self.end}: wanted 0 <= branch_start <="
                 " branch_end <= 1"
             )
+
+    def chosen(self) -> "Branching":
+        """The same with what the preset puts in place of num_branches, the window and the search."""
+        if self.preset == "custom":
+            return self
+        from ..drm.search import PRESETS as KNOWN
+
+        preset = KNOWN[self.preset]
+        return replace(
+            self,
+            num_branches=preset.num_branches,
+            start=preset.start,
+            end=preset.end,
+            preset="custom",
+            search=preset.search,
+        )
+
+    def for_scorer(self, scorer: adapters.Scorer) -> "Branching":
+        """`chosen`, without what a preset would like and this scorer cannot say."""
+        settings = self.chosen()
+        if settings.search is None:
+            return settings
+        if self.preset == "custom":
+            check_calibrated(self.search, scorer)
+            return settings
+        from ..drm.search import fit_to_scorer
+
+        search, dropped = fit_to_scorer(settings.search, scorer)
+        if dropped:
+            logging.info("DRM: preset %s without %s, for this DRM has no calibration", self.preset, dropped)
+        return replace(settings, search=search)
 
 
 def kept_region(
@@ -103,9 +152,11 @@ def sample_with_drm(
     prompts = adapters.ScoringPrompts(positive, base.model_sampling.percent_to_sigma)
     adapters.check_policy(guider.model_patcher, prompts, x)
     adapters.check_drm_fits(drm, prompts, x)
+    scorer = adapters.Scorer(drm, prompts, len(x))
+    settings = branching.for_scorer(scorer)
     adapters.load_beside(guider, drm)
     # Without injected noise nothing strays, and soft masks then act exactly as in stock KSampler.
-    reimpose = kept_region(model, x, sigmas, extra_args) if branching.noise_level > 0 else None
+    reimpose = kept_region(model, x, sigmas, extra_args) if settings.noise_level > 0 else None
 
     def report(step: dict) -> None:
         mm.throw_exception_if_processing_interrupted()
@@ -123,21 +174,24 @@ def sample_with_drm(
 
     latents, trace = sample_stepwise(
         lambda x, sigma: model(x, sigma * x.new_ones([x.shape[0]]), **extra_args),
-        adapters.Scorer(drm, prompts, len(x)),
+        scorer,
         x,
         sigmas,
-        num_branches=branching.num_branches,
-        noise_level=branching.noise_level,
-        kind=branching.kind,
-        seed=branching.seed,
-        start=branching.start,
-        end=branching.end,
+        num_branches=settings.num_branches,
+        noise_level=settings.noise_level,
+        kind=settings.kind,
+        seed=settings.seed,
+        start=settings.start,
+        end=settings.end,
         item_ids=item_ids,
         noise_scale=float(getattr(base.model_sampling, "noise_scale", 1.0)),
         reimpose=reimpose,
         callback=report,
         interrupt=mm.throw_exception_if_processing_interrupted,
+        search=settings.search,
+        seconds=settings.seconds or None,
     )
+    trace.preset = branching.preset
     trace_metadata.record(trace_to_dict(trace))
     final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
     on_trace(trace, base.process_latent_out(final.to(torch.float32)))

@@ -21,14 +21,24 @@ NODES = {
         "Step-wise KSampler",
         (
             "model drm seed steps cfg scheduler positive negative latent_image denoise"
-            " num_branches noise_level kind branch_start branch_end"
+            " num_branches noise_level kind branch_start branch_end preset seconds search"
         ).split(),
         ["LATENT", "DRM_TRACE"],
     ),
     "StepwiseSampler": (
         "Step-wise Sampler",
-        ["drm", "positive", "num_branches", "noise_level", "kind", "branch_start", "branch_end", "seed"],
+        (
+            "drm positive num_branches noise_level kind branch_start branch_end seed preset seconds search"
+        ).split(),
         ["SAMPLER", "DRM_TRACE"],
+    ),
+    "DRMSearch": (
+        "DRM Search",
+        (
+            "choice temperature paths beam_end stride last_branches sigma_high sigma_low early_exit"
+            " good_enough skip_below"
+        ).split(),
+        ["DRM_SEARCH"],
     ),
     "DRMTracePlot": ("DRM Trace Plot", ["trace", "item", "scores", "width", "height", "latent"], ["IMAGE"]),
     "DRMDemoCLIPLoader": ("DRM Demo CLIP Loader", ["clip_name"], ["CLIP"]),
