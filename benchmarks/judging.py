@@ -1,9 +1,10 @@
 """What the demo family is asked for in the benchmarks, and how its pictures are judged.
 
-Prompts: by default the 200 pairs of concept and style that no model of the family saw in training. Scores:
-the DRM's own on the finished latent (sigma 0); the independent judge's probability of the concept that was
-asked for, how often it ranks it first, and its median rank. Diversity: mean distance 1 - cosine of the
-judge's features between two seeds of a prompt. Intervals: 95 %, bootstrap over prompts.
+Prompts: by default 200 that no reward model was trained on, half of them pairs of concept and style that the
+generator never saw either. Scores: the DRM's own on the finished latent (sigma 0); the independent judge's
+probability of the concept that was asked for, how often it ranks it first, and its median rank. Diversity:
+mean distance 1 - cosine of the judge's features between two seeds of a prompt. Intervals: 95 %, bootstrap
+over prompts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from training.demo.autoencoder import to_float
 from training.demo.data import STYLES, read_concepts
 from training.demo.export import Family
 from training.demo.judge import judge_pictures, shrink
+from training.demo.pairs import held_out_concepts
 from training.loop import bfloat16_autocast
 
 BOOTSTRAPS = 2000
@@ -43,12 +45,30 @@ def choose_prompts(family: Family, count: int) -> list[Prompt]:
     return [_prompt(family, concept, style) for concept, style in order[:count]]
 
 
-def unseen_prompts(family: Family) -> list[Prompt]:
-    """The (concept, style) pairs that training.demo.data holds out of everything."""
+def unseen_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
+    """The (concept, style) pairs whose pictures no model saw: those for practice, and those for tests."""
     concepts = len(family.concepts)
     everything = [(concept, style) for style in range(len(STYLES)) for concept in range(concepts)]
-    pairs = sorted(everything[i] for i in data.split(everything, concepts))
-    return [_prompt(family, concept, style) for concept, style in pairs]
+    held_out = [everything[i] for i in data.split(everything, concepts)]
+    practised = data.practice(held_out)
+    rest = sorted(set(held_out) - set(practised))
+    return tuple([_prompt(family, *pair) for pair in half] for half in (practised, rest))
+
+
+def fresh_prompts(family: Family, count: int = 200) -> list[Prompt]:
+    """Prompts that no reward model was trained on, half and half: pairs of concept and style that the
+    generator never saw, and pairs it knows of the concepts that are kept out of all reward training.
+    """
+    practised, unseen = unseen_prompts(family)
+    known_concepts = set(held_out_concepts(len(family.concepts)))
+    avoided = {prompt.caption for prompt in (*practised, *unseen)}
+    known = [
+        prompt
+        for prompt in choose_prompts(family, len(STYLES) * len(family.concepts))
+        if prompt.concept in known_concepts and prompt.caption not in avoided
+    ]
+    pairs = zip(unseen, known, strict=False)
+    return [prompt for pair in pairs for prompt in pair][:count]
 
 
 def _prompt(family: Family, concept: int, style: int) -> Prompt:

@@ -149,8 +149,8 @@ def split_prompts(family: Family, which: str) -> tuple[list[Prompt], list[Prompt
     that the generator never saw, where it has most to learn.
     """
     if which == "unseen":
-        prompts = unseen_prompts(family)
-        return [p for i, p in enumerate(prompts) if i % 4], prompts[::4][:EVALUATED]
+        practised, rest = unseen_prompts(family)
+        return practised, rest[:EVALUATED]
     prompts = choose_prompts(family, len(data.STYLES) * len(family.concepts))
     held = [prompt for prompt in prompts if prompt.concept % HELD_OUT_EVERY == 0]
     return [p for p in prompts if p.concept % HELD_OUT_EVERY], held[:EVALUATED]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks import stepwise
-from benchmarks.judging import choose_prompts, interval, unseen_prompts
+from benchmarks.judging import choose_prompts, fresh_prompts, interval, unseen_prompts
 from benchmarks.stepwise import Bench, Setting, Way, all_ways, default_k4, scored_passes
 from drm import load_drm
 from drm.search import Search
 from training.demo.export import REWARD, load_family
+from training.demo.pairs import held_out_concepts
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 SETTING = Setting(steps=4, cfg=1.5, batch=4)
@@ -70,10 +71,21 @@ def test_prompts_take_every_concept_before_any_twice(family):
     assert len({prompt.caption for prompt in prompts}) == count + 5
 
 
-def test_unseen_prompts_name_the_pairs_that_are_held_out(family):
-    prompts = unseen_prompts(family)
-    assert len(prompts) == 200
-    assert len({prompt.concept for prompt in prompts}) == 200
+def test_unseen_prompts_are_the_held_out_pairs_in_two_halves(family):
+    practised, rest = unseen_prompts(family)
+    assert (len(practised), len(rest)) == (100, 100)
+    assert len({prompt.concept for prompt in (*practised, *rest)}) == 200
+
+
+def test_fresh_prompts_are_half_unknown_and_none_is_learned_from(family):
+    practised, rest = unseen_prompts(family)
+    prompts = fresh_prompts(family)
+    captions = {prompt.caption for prompt in prompts}
+    assert len(captions) == 200
+    assert len(captions & {prompt.caption for prompt in rest}) == 100
+    assert not captions & {prompt.caption for prompt in practised}
+    known = [prompt for prompt in prompts if prompt not in rest]
+    assert {prompt.concept for prompt in known} <= set(held_out_concepts(len(family.concepts)))
 
 
 def test_a_small_table_has_a_row_for_every_way(bench):
@@ -84,7 +96,7 @@ def test_a_small_table_has_a_row_for_every_way(bench):
         Way(name="beam", k=2, search=Search(paths=2)),
         Way(name="best of 2", runs=2),
     ]
-    rows = stepwise.run(bench, unseen_prompts(bench.family)[:2], ways, 2)
+    rows = stepwise.run(bench, fresh_prompts(bench.family, 2), ways, 2)
     by_name = {row["way"]: row for row in rows}
     assert list(by_name) == [way.name for way in ways]
     plain = by_name["plain"]
@@ -103,7 +115,7 @@ def test_a_small_table_has_a_row_for_every_way(bench):
 
 
 def test_best_of_n_shares_its_plain_runs(bench):
-    prompts = [prompt.caption for prompt in unseen_prompts(bench.family)[:2]]
+    prompts = [prompt.caption for prompt in fresh_prompts(bench.family, 2)]
     bench.plain.clear()
     two = bench.sample(prompts, [1, 2], Way(name="best of 2", runs=2))
     three = bench.sample(prompts, [1, 2], dataclasses.replace(Way(name="best of 3"), runs=3))

@@ -47,7 +47,8 @@ def make_pool(concepts=12, styles=4):
         own=places_of(owner, count),
         concept=concept,
         style=style,
-        trained=concept < 8,
+        trained=(concept < 8) & (style > 0),
+        prompted=concept < 8,
         tested=concept >= 8,
     )
 
@@ -130,7 +131,7 @@ def test_captions_in_dispute_come_more_often():
     assert pool.trained[icons].all()
     share = (icons == 5).float().mean().item()
     calm, loud = math.log(3) + INDIFFERENT, 20 * math.log(3) + INDIFFERENT
-    assert share == pytest.approx(loud / (loud + 31 * calm), rel=0.1)
+    assert share == pytest.approx(loud / (loud + 23 * calm), rel=0.1)
 
 
 def test_places_of_owners_with_unequal_numbers():
@@ -142,7 +143,9 @@ def test_a_batch_holds_every_kind_in_its_share():
     pool = make_pool()
     chosen, rejected, label, icons = reward.draw_pairs(pool, 32, torch.Generator().manual_seed(1))
     assert chosen.shape == rejected.shape == (32, 1, 1, 1)
-    assert pool.trained[icons].all()
+    assert pool.trained[icons[:12]].all()
+    assert pool.prompted[icons].all()
+    assert not pool.trained[icons[12:]].all()
     assert (chosen.flatten()[:10] == icons[:10]).all()
     assert (chosen.flatten()[12:] >= 1000).all()
     assert (label[:12] == 1).all()

@@ -11,7 +11,7 @@ takes the .tgz files of --source), draws every icon on white at 128 x 128 and wr
 
 Icons of concept -1 (everything outside concepts.txt) only ever teach the autoencoder. Held-out icons are 200
 (concept, style) pairs that no model sees in training; each of their concepts is seen in the other three
-styles.
+styles. The captions of 100 of them are for practice, see `practice`.
 """
 
 from __future__ import annotations
@@ -112,6 +112,13 @@ def split(icons: list[tuple[int, int]], concepts: int) -> list[int]:
     rng = random.Random(SPLIT_SEED)
     wanted = {concept: rng.randrange(len(STYLES)) for concept in rng.sample(range(concepts), HELD_OUT)}
     return [i for i, (concept, style) in enumerate(icons) if wanted.get(concept) == style]
+
+
+def practice(held_out: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Every second of the held-out (concept, style) pairs, in order: reward models and policies may practise
+    on their captions, never on their pictures. The others are for tests alone.
+    """
+    return sorted(held_out)[::2]
 
 
 def build(out: Path, source: Path | None) -> None:

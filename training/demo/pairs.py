@@ -9,7 +9,8 @@ kinds the raters of training.demo.raters say, by a probability, which is better:
     preferred  two drawings of one caption, what a reward model is asked in a sampler and in fine-tuning;
                captions and pairs on which the raters have an opinion come more often
     confused   a drawing of the caption and one of another caption that the raters take for it most
-No pair of a held-out concept, and no held-out icon or caption, is trained on.
+No pair of a held-out concept, and no held-out icon, is trained on; of the captions of held-out icons, those
+for practice give rated drawings.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class Pool:
     """Model-space latents by icon: real (N, ...), degraded (N, 5, ...), drawn (N, 5, ...); labels concept,
     style (N,). Rated drawings (M, ...) with the raters' utility of every concept (M, concepts) and whose
     caption each draws, owner (M,); own (N, most): the places of each icon's drawings, -1 beyond the last.
+    Masks (N,): trained, pictures to learn from; prompted, captions whose drawings are learned from; tested.
     """
 
     real: torch.Tensor
@@ -112,7 +114,13 @@ class Pool:
     concept: torch.Tensor
     style: torch.Tensor
     trained: torch.Tensor
+    prompted: torch.Tensor
     tested: torch.Tensor
+
+
+def held_out_concepts(concepts: int) -> list[int]:
+    """The concepts that no reward model learns from."""
+    return random.Random(data.SPLIT_SEED + 1).sample(range(concepts), HELD_OUT_CONCEPTS)
 
 
 @torch.no_grad()
@@ -145,9 +153,12 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
         save_file({"degraded": degraded, "drawn": torch.stack(drawn, 1)}, path)
     made = load_file(path)
     concept, style = torch.from_numpy(demo.concept[icons]), torch.from_numpy(demo.style[icons])
-    held = torch.tensor(random.Random(data.SPLIT_SEED + 1).sample(range(len(demo.names)), HELD_OUT_CONCEPTS))
+    held = torch.tensor(held_out_concepts(len(demo.names)))
     tested = torch.isin(concept, held)
-    trained = ~tested & ~torch.from_numpy(demo.held_out[icons])
+    held_out = torch.from_numpy(demo.held_out[icons])
+    labels = list(zip(concept.tolist(), style.tolist(), strict=True))
+    practised = set(data.practice([labels[i] for i in data.indices(held_out).tolist()]))
+    prompted = ~tested & (~held_out | torch.tensor([label in practised for label in labels]))
     drawings = load_drawings(generator_folder)
     return Pool(
         real=cached["latents"],
@@ -159,7 +170,8 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
         own=places_of(drawings.icon, len(icons)),
         concept=concept,
         style=style,
-        trained=trained,
+        trained=~tested & ~held_out,
+        prompted=prompted,
         tested=tested,
     )
 

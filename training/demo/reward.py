@@ -29,7 +29,7 @@ from training.demo.generator import (
     initial_noise,
     load_generator,
 )
-from training.demo.pairs import Pool, disputed, make_pool, pairs
+from training.demo.pairs import RATED, Pool, disputed, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT = 3
@@ -157,14 +157,15 @@ def draw_pairs(
     pool: Pool, size: int, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(chosen, rejected, label, icons) of a training batch, the kinds in the shares of MIX."""
-    train, parts = data.indices(pool.trained), []
+    parts = []
     for kind, share in MIX.items():
-        count = round(share * size)
+        count, allowed = round(share * size), pool.prompted if kind in RATED else pool.trained
         if kind == "preferred":
-            icons = disputed(pool, pool.trained, count, rng)
+            icons = disputed(pool, allowed, count, rng)
         else:
-            icons = train[torch.randint(len(train), (count,), generator=rng)]
-        parts.append((*pairs(pool, icons, kind, pool.trained, rng), icons))
+            choice = data.indices(allowed)
+            icons = choice[torch.randint(len(choice), (count,), generator=rng)]
+        parts.append((*pairs(pool, icons, kind, allowed, rng), icons))
     return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
 
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pairs a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random-backbone", action="store_true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -185,7 +187,7 @@ def main() -> None:
     pool = make_pool(args.generator, args.data, args.autoencoder)
     generator, tokenizer = load_generator(args.generator)
     drm = build_drm(args.generator, random_backbone=args.random_backbone)
-    compiled = torch.compile(drm.forward_depths)
+    compiled = torch.compile(drm.forward_depths) if args.compile else drm.forward_depths
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():

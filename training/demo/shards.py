@@ -18,7 +18,7 @@ import torch
 from training import shards
 from training.demo import data, text
 from training.demo.generator import load_generator
-from training.demo.pairs import Pool, make_pool, pairs
+from training.demo.pairs import RATED, Pool, make_pool, pairs
 from training.demo.reward import MIX, REPORTED
 
 PHRASINGS = 3  # captions of an icon: the canonical one first
@@ -58,10 +58,12 @@ def table(pool: Pool, *, train_pairs: int, rounds: int, rng: torch.Generator) ->
         columns["held_out"] += [held] * len(icons)
         columns["row"] += [f"{kind} {icon}" for icon in icons.tolist()]
 
-    trained, tested = data.indices(pool.trained), data.indices(pool.tested)
+    tested = data.indices(pool.tested)
     for kind, share in MIX.items():
-        icons = trained[torch.randint(len(trained), (round(share * train_pairs),), generator=rng)]
-        add(icons, kind, pool.trained, torch.randint(PHRASINGS, icons.shape, generator=rng), False)
+        allowed = pool.prompted if kind in RATED else pool.trained
+        choice = data.indices(allowed)
+        icons = choice[torch.randint(len(choice), (round(share * train_pairs),), generator=rng)]
+        add(icons, kind, allowed, torch.randint(PHRASINGS, icons.shape, generator=rng), False)
     for kind in REPORTED:
         for _ in range(rounds):
             add(tested, kind, pool.tested, torch.zeros_like(tested), True)
