@@ -249,8 +249,10 @@ def _kernel(device: torch.device) -> ModuleType | None:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a missing compiler, driver or Triton raises
+        # Windows has no Triton of its own: that is nothing to warn of.
+        level = logging.INFO if isinstance(error, ImportError) else logging.WARNING
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        logging.getLogger(__name__).warning("branching in plain torch, the Triton kernel failed: %s", text)
+        logging.getLogger(__name__).log(level, "branching in plain torch, no Triton kernel here: %s", text)
         return None
     return branching_triton
 

@@ -70,7 +70,9 @@ def _mean_of_block(
     row,
     block,
     elements,
-    STRIDES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_NEXT: tl.constexpr,
+    STRIDE_MAX: tl.constexpr,
     CPS: tl.constexpr,
     EVEN: tl.constexpr,
     COUNTERS: tl.constexpr,
@@ -84,9 +86,9 @@ def _mean_of_block(
     mean, std = _transition(
         tl.load(x + place, mask=mask, other=0.0).to(tl.float32),
         tl.load(velocity + place, mask=mask, other=0.0).to(tl.float32),
-        _sigma_of(sigma, row, STRIDES[0]),
-        _sigma_of(sigma_next, row, STRIDES[1]),
-        _sigma_of(sigma_max, row, STRIDES[2]),
+        _sigma_of(sigma, row, STRIDE),
+        _sigma_of(sigma_next, row, STRIDE_NEXT),
+        _sigma_of(sigma_max, row, STRIDE_MAX),
         level,
         kept,
         CPS,
@@ -114,7 +116,9 @@ def _candidates_kernel(
     seed_high,
     step,
     elements,
-    STRIDES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_NEXT: tl.constexpr,
+    STRIDE_MAX: tl.constexpr,
     CPS: tl.constexpr,
     EVEN: tl.constexpr,
     COUNTERS: tl.constexpr,
@@ -132,7 +136,9 @@ def _candidates_kernel(
         row,
         block,
         elements,
-        STRIDES,
+        STRIDE,
+        STRIDE_NEXT,
+        STRIDE_MAX,
         CPS,
         EVEN,
         COUNTERS,
@@ -168,7 +174,9 @@ def _state_kernel(
     seed_high,
     step,
     elements,
-    STRIDES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_NEXT: tl.constexpr,
+    STRIDE_MAX: tl.constexpr,
     CPS: tl.constexpr,
     EVEN: tl.constexpr,
     COUNTERS: tl.constexpr,
@@ -187,7 +195,9 @@ def _state_kernel(
         row,
         block,
         elements,
-        STRIDES,
+        STRIDE,
+        STRIDE_NEXT,
+        STRIDE_MAX,
         CPS,
         EVEN,
         COUNTERS,
@@ -245,9 +255,10 @@ def branch_step(
     level, kept = (math.sin(angle), max(math.cos(angle), 0.0)) if cps else (noise_level**2, 0.0)
     address = (signed(seed & 0xFFFFFFFF), signed(seed >> 32), signed(step))
     # What both kernels get at the end.
-    shared = (*sigmas, level, kept, noise_scale, *address, elements)
+    shared = (*sigmas, float(level), kept, float(noise_scale), *address, elements)
     even = elements % (4 * COUNTERS) == 0
-    options = {"STRIDES": strides, "CPS": cps, "EVEN": even, "COUNTERS": COUNTERS}
+    options = dict(zip(("STRIDE", "STRIDE_NEXT", "STRIDE_MAX"), strides, strict=True))
+    options |= {"CPS": cps, "EVEN": even, "COUNTERS": COUNTERS}
     options |= {"num_warps": WARPS, "enable_fp_fusion": False}
     blocks, count = triton.cdiv(elements, 4 * COUNTERS), len(branches)
     scored = torch.empty(batch, count, *x.shape[1:], dtype=dtype, device=device)

@@ -78,8 +78,8 @@ def philox_words(seed_low, seed_high, step, item, branch, counter):
             (a >> 32).to(tl.uint32) ^ c3 ^ k1,
             a.to(tl.uint32),
         )
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
     return c0, c1, c2, c3
 
 

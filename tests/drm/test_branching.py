@@ -230,6 +230,7 @@ def test_without_a_kernel_the_reason_is_said_once_and_the_twin_draws(monkeypatch
     """A device where the kernel cannot run: here a CPU in CUDA's place, with or without Triton."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "drm.branching_triton", raising=False)
+    caplog.set_level("INFO")
     _kernel.cache_clear()
     device = torch.device("cpu")
     assert _kernel(device) is None

@@ -151,7 +151,7 @@ TYPES = {
     **dict.fromkeys(("level", "kept", "noise_scale"), "fp32"),
     **dict.fromkeys(("count", "seed_low", "seed_high", "step", "elements"), "i32"),
     **dict.fromkeys(("items", "branches", "rows", "winners"), "*i64"),
-    **dict.fromkeys(("STRIDES", "CPS", "EVEN", "COUNTERS"), "constexpr"),
+    **dict.fromkeys(("STRIDE", "STRIDE_NEXT", "STRIDE_MAX", "CPS", "EVEN", "COUNTERS"), "constexpr"),
     "scored": "*bf16",
 }
 
@@ -166,7 +166,8 @@ def compiled(kernel, capability: int, cps: bool):
 
     names = kernel.arg_names
     signature = {name: TYPES.get(name, "*fp32") for name in names}
-    constants = {"STRIDES": (0, 0, 0), "CPS": cps, "EVEN": True, "COUNTERS": COUNTERS}
+    constants = {"STRIDE": 0, "STRIDE_NEXT": 0, "STRIDE_MAX": 0, "CPS": cps}
+    constants |= {"EVEN": True, "COUNTERS": COUNTERS}
     aligned = [name for name in names if signature[name].startswith("*") or name == "elements"]
     source = ASTSource(
         fn=kernel,
