@@ -74,7 +74,7 @@ class Scorer:
 
     def decisive(self, depth: int, sigma: float) -> float | None:
         """How far behind the leader at that depth a candidate is out; None where nobody has measured it."""
-        table = self.drm.metadata.get("decisive", {}).get(str(depth))
+        table = (self.drm.metadata.get("decisive") or {}).get(str(depth))
         scale = (self.drm.metadata.get("shown") or {}).get("scale", 1.0)
         return None if table is None else scale * lead_at(sigma, table)
 

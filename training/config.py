@@ -33,12 +33,15 @@ class ConfigError(ValueError):
 class ModelConfig:
     """`base`: an SD3 or SD3.5 checkpoint (one file or a diffusers folder), or a reward model to go on from,
     which then decides depth and head. `train`: all weights, a LoRA on the attention and the head, or the
-    head alone. `random_backbone` keeps the base's shape and none of its weights.
+    head alone. `random_backbone` keeps the base's shape and none of its weights. `early_heads`: further heads
+    after these blocks, counted from 1; the losses of all heads are added up, and early ones teach the
+    backbone too, because what its first blocks keep for the last head alone says little halfway.
     """
 
     base: str
     num_kept: int = 21
     head_hidden: int = 256
+    early_heads: tuple[int, ...] = ()
     train: Literal["full", "lora", "head"] = "full"
     lora_rank: int = 64
     lora_alpha: float = 128.0
@@ -149,7 +152,7 @@ def _check(config: DRMConfig) -> None:
             f"version is {config.version}, this code reads {VERSION}: take the configuration of this release"
             " in training/configs and carry your values over"
         )
-    train, low_high = config.train, config.train.sigma
+    train, low_high, early = config.train, config.train.sigma, config.model.early_heads
     wrong = [
         (train.global_batch < 1, "train.global_batch", train.global_batch, "at least 1"),
         (train.micro_batch < 1, "train.micro_batch", train.micro_batch, "at least 1"),
@@ -162,6 +165,7 @@ def _check(config: DRMConfig) -> None:
         (train.keep < 1, "train.keep", train.keep, "at least 1"),
         (not 0 <= config.data.drop_t5 <= 1, "data.drop_t5", config.data.drop_t5, "0 to 1"),
         (config.model.num_kept < 1, "model.num_kept", config.model.num_kept, "at least 1"),
+        (early != tuple(sorted({n for n in early if n > 0})), "model.early_heads", early, "growing, from 1"),
         (config.model.lora_rank < 1, "model.lora_rank", config.model.lora_rank, "at least 1"),
     ]
     for is_wrong, key, value, wanted in wrong:

@@ -4,6 +4,7 @@
     accelerate launch --config_file training/configs/accelerate_8gpu.yaml -m training.train_drm --config ...
 
     loss = mean of weight * -log sigmoid(s(chosen, sigma) - s(rejected, sigma)),  one sigma and noise per pair
+           added up over the heads, where model.early_heads puts some after earlier blocks
 
 (DRM, CVPR 2026: Bradley-Terry on noisy latents.) Accelerate drives the processes. The global batch is the
 same for any number of them, and a run that was killed goes on from its last checkpoint as if it had not been:
@@ -32,13 +33,20 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from drm import DRMFileError, preference, save_drm
+from drm import DRMFileError, save_drm
 from training import checkpoints, network
 from training.base import BaseError
 from training.batches import Batch, HeldOutBatches, Mixture, Share, TrainingBatches, generator
 from training.config import ConfigError, DRMConfig, TrainConfig, read_config
 from training.reward_loss import Tally, pair_losses
-from training.reward_report import SIGMA_PARTS, export_facts, held_out_table, in_order
+from training.reward_report import (
+    SIGMA_PARTS,
+    as_rows,
+    calibrated,
+    export_facts,
+    held_out_table,
+    in_order,
+)
 from training.runs import TrainingError, cut_log, first_difference, make_accelerator
 from training.shards import EncodedPairs, ShardError
 
@@ -81,7 +89,7 @@ class Trainer:
             frozen_dtype=torch.bfloat16 if half else torch.float32,
         )
         _check_data(drm, self.pairs)
-        self.text_width, self.metadata = drm.prompt_dim, drm.metadata
+        self.text_width, self.metadata, self.depths = drm.prompt_dim, drm.metadata, drm.depths
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
         held_out = self.pairs.columns["held_out"]
         rows = some_of(torch.argwhere(~held_out).flatten(), config.data.limit, self.settings.seed)
@@ -202,7 +210,7 @@ class Trainer:
                     self.evaluate(done)
 
     def _step(self, step: int, total_weight: float, batches: Iterator[tuple[Batch, float]]) -> dict:
-        begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device)
+        begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device, self.depths[:-1])
         for micro in range(self.share.micro_steps):
             batch, seconds = next(batches)
             waited += seconds
@@ -248,12 +256,14 @@ class Trainer:
         return ", ".join(self.pairs.columns["row"][row] for row in rows.tolist())
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, depths) each, of chosen and rejected."""
         with self.autocast:
             scores = self.model(
                 batch.noisy,
                 batch.sigma.repeat(2),
                 batch.prompt_embeds.repeat(2, 1, 1),
                 batch.pooled.repeat(2, 1),
+                every_depth=True,
             )
         return scores.float().chunk(2)
 
@@ -274,8 +284,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int, bins: int | None = None) -> dict:
-        """Held-out accuracy by quarter of sigma, by source, and calibration when `bins` is given; {} without
-        held-out pairs. With averaged weights where they are kept.
+        """Held-out accuracy by quarter of sigma, by source, by depth, and what samplers need when `bins` is
+        given; {} without held-out pairs. With averaged weights where they are kept.
         """
         if not len(self.held_out):
             return {}
@@ -294,22 +304,19 @@ class Trainer:
         self.averaged.swap()
         found = [self._held_out_scores(batch.to(self.device)) for batch, _ in _timed(self._loader(data))]
         self.averaged.swap()
-        win, lose, sigma = in_order(self.accelerator.gather(torch.stack(found, dim=1)))
+        gathered = self.accelerator.gather(torch.stack(found, dim=1))
+        win, lose, sigma = in_order(gathered, len(self.depths))
         sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
-        table = held_out_table(win, lose, sigma, sources)
+        table = held_out_table(win, lose, sigma, sources, self.depths)
         if bins:
-            table["calibration"] = preference.calibration(
-                torch.cat([win, lose]), sigma.repeat(2), num_bins=bins
-            )
+            table |= calibrated(win, lose, sigma, self.depths, bins)
         if self.accelerator.is_main_process:
             with open(self.out / "evaluation.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **table}) + "\n")
         return table
 
     def _held_out_scores(self, batch: Batch) -> Tensor:
-        """(4, B): scores of chosen and rejected, sigma, weight."""
-        win, lose = self._scores(batch)
-        return torch.stack([win, lose, batch.sigma, batch.weight])
+        return as_rows(*self._scores(batch), batch.sigma, batch.weight)
 
     def export(self, table: dict) -> None:
         """reward.safetensors: adapters merged, averaged weights, and where they come from in the header."""
