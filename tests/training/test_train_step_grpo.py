@@ -1,15 +1,20 @@
 """Step-GRPO's command as people run it: to the end, killed and resumed, on one process and on several."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from drm import load_drm, save_drm
 from drm.lora import load_lora
+from tests.training.encoded import write_yaml
 from tests.training.fine_tuning import HELD_OUT, WIDTH, embed, make_config, write_family
-from tests.training.processes import log_lines, numbers, train, train_and_kill
+from tests.training.processes import free_port, log_lines, numbers, train, train_and_kill
 from training.base import load_transformer
 from training.grpo.config import StepGRPOConfig
 from training.grpo.policy import build_policy
@@ -61,6 +66,40 @@ def test_grpo_passes_through_every_trajectory_and_its_ratio_is_one(baseline: Pat
     assert {row["passes"] for row in rows} == {5 * 3 * 3}
     assert {row["forwards"] for row in rows} == {5 * 3 * 4}
     assert all(row["ratio_error"] == 0 for row in rows)
+
+
+def test_tensorboard_has_the_log(reference: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(reference / "step_grpo")).Reload()
+    rewards = [(event.step, event.value) for event in events.Scalars("rewards/mean")]
+    rows = log_lines(reference / "log.jsonl")
+    assert [step for step, _ in rewards] == [row["step"] for row in rows]
+    assert [value for _, value in rewards] == pytest.approx([row["rewards/mean"] for row in rows], rel=1e-6)
+    held_out = [event.value for event in events.Scalars("held_out/held_out")]
+    assert held_out == pytest.approx(
+        [row["held_out"] for row in log_lines(reference / "evaluation.jsonl")], rel=1e-6
+    )
+
+
+def test_accelerate_launch_of_two_processes_equals_one(files: Path, reference: Path, tmp_path: Path):
+    """The command line as it is documented."""
+    config = make_config(files, out=str(files / "launched"), iterations=2)
+    write_yaml(config, tmp_path / "config.yaml")
+    launcher = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", f"--main_process_port={free_port()}"]
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *launcher]
+    done = subprocess.run(
+        [*command, "-m", "training.train_step_grpo", "--config", str(tmp_path / "config.yaml")],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"LoRA -> {config.train.out}/lora.safetensors" in done.stderr
+    assert figures(Path(config.train.out)) == [pytest.approx(row, abs=1e-5) for row in figures(reference)[:2]]
 
 
 def test_evaluation_before_between_and_after(reference: Path):
@@ -173,7 +212,7 @@ def test_diffusers_loads_the_file_and_gives_the_trainer_s_velocity(files: Path):
 def test_the_file_says_where_it_comes_from(files: Path, reference: Path):
     tensors, facts = load_lora(reference / "lora.safetensors")
     assert (facts["name"], facts["license"], facts["method"]) == ("tiny", "CC0-1.0", "step-grpo")
-    assert (facts["iterations"], facts["seed"], facts["rank"]) == (6, 0, 4)
+    assert (facts["version"], facts["iterations"], facts["seed"], facts["rank"]) == (1, 6, 0, 4)
     assert facts["base"]["name"] == "base.safetensors"
     assert len(facts["base"]["sha256"]) == len(facts["reward"]["sha256"]) == 64
     assert [step for step, _ in facts["curve"]] == [0, 3, 6]
@@ -222,6 +261,36 @@ def test_the_best_is_kept_and_the_run_stops_when_nothing_gets_better(files: Path
     assert load_lora(out / "lora.safetensors")[1]["iterations"] == rows[-1]["step"]
     assert run(config) == out  # started again it stops at once
     assert log_lines(out / "evaluation.jsonl") == rows
+
+
+def test_a_reward_that_is_cheated_stops_the_run_and_the_best_is_kept(files: Path):
+    """The reward rises, a second reward model's opinion, whose sign is the other, falls."""
+    drm = load_drm(files / "reward.safetensors")
+    with torch.no_grad():
+        drm.head.out.weight.neg_()
+        drm.head.out.bias.neg_()
+    save_drm(drm, files / "opponent.safetensors")
+    opponent = {"drms": {"opponent": str(files / "opponent.safetensors")}}
+    config = make_config(
+        files,
+        out=str(files / "cheated"),
+        evaluate={**opponent, "best_by": "opponent"},
+        grpo={"num_branches": 6},
+        rollout={"prompts": 7},
+        iterations=60,
+        evaluate_every=6,
+        learning_rate=2e-2,
+        patience=2,
+        ema=0.0,
+    )
+    out = run(config)
+    rows = log_lines(out / "evaluation.jsonl")
+    assert [row["step"] for row in rows] == [0, 6, 12]
+    assert rows[0]["held_out"] < rows[1]["held_out"] < rows[2]["held_out"]
+    assert rows[0]["opponent"] > rows[1]["opponent"] > rows[2]["opponent"]
+    best, facts = load_lora(out / "best.safetensors")
+    assert facts["iterations"] == 0
+    assert not any(tensor.any() for name, tensor in best.items() if "lora_B" in name)
 
 
 def test_pictures_rivals_and_a_second_reward_model(files: Path):

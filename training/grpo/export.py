@@ -16,6 +16,8 @@ from training.checkpoints import is_disk_full
 from training.grpo.config import StepGRPOConfig
 from training.runs import TrainingError
 
+VERSION = 1  # of the header
+
 
 def hash_of(path: str | Path) -> dict[str, str]:
     """Name and sha256 of a file, or of a folder's weights."""
@@ -33,6 +35,7 @@ def lora_facts(
     """curve: (iterations, held-out score) so far; hashes: `hash_of` base and reward model."""
     tree = json.loads(json.dumps(config.identity()))
     return {
+        "version": VERSION,
         "name": config.name,
         "license": config.licence,
         "method": config.grpo.method,
