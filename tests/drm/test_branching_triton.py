@@ -13,6 +13,7 @@ import torch
 
 from drm import branching
 from drm.branching import branch_step, candidate_noise, philox4x32
+from drm.grpo import GRPOSettings, roll_out
 from drm.sde import log_prob_from_squared, transition, transition_log_prob
 from tests.conftest import ROOT
 from tests.drm.branching_cases import ADDRESSES, CASES, COUNTERS, arguments, latents, outcome, words
@@ -196,3 +197,22 @@ def test_compiles_without_a_gpu_into_wide_reads_and_writes(capability, cps):
     assert "atom." not in ptx
     assert "local" not in ptx
     assert state.asm["ptx"].count("st.global.v4.b32") == per_thread
+
+
+@pytest.mark.parametrize("method", ["step-grpo", "grpo"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])])
+def test_trainers_draw_on_any_device_and_their_ratio_starts_at_one(method, device):
+    gain = torch.full((), 0.3, device=device, requires_grad=True)
+    noise = torch.randn(4, 16, 8, 8, device=device)
+    figures = roll_out(
+        lambda x, sigma: gain * x * sigma,
+        lambda candidates, sigma, item: candidates.mean(dim=(1, 2, 3)),
+        noise,
+        torch.linspace(1, 0, 5, device=device),
+        GRPOSettings(method=method, num_branches=4, min_std=0.0, kl_weight=0.0),
+        seed=3,
+        items=[0, 1, 2, 3],
+        backward=lambda loss: loss.backward(),
+    )
+    assert figures.ratio_error == 0
+    assert gain.grad.abs() > 0
