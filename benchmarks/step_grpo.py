@@ -5,10 +5,11 @@
 
 Every update sees `batch` trajectories' worth of policy passes: Step-GRPO from `batch` prompts with k siblings
 at each step, GRPO from batch / G prompts with G trajectories each. Same LoRA, optimiser, steps, CFG and
-noise; the learning rate is each way's own, from the same list. Prompts of every eighth concept are held out:
-they are drawn with plain sampling and fixed seeds, scored by the DRM that was optimised (clean latents) and
-by the independent judge, with the diversity of two seeds of a prompt. Passes count latents that went through
-the policy forward and backward.
+noise; the learning rate is each way's own, from the same list. It practises on 100 captions of pictures that
+the generator never saw (or, with prompts=all, on what it knows); 50 others are held out: they are drawn with
+plain sampling and fixed seeds, scored by the DRM that was optimised (clean latents) and by the independent
+judge, with the diversity of two seeds of a prompt. Passes count latents that went through the policy forward
+and backward.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from training.network import LORA_TARGETS
 from training.shards import replace_atomically
 
 HELD_OUT_EVERY = 8
-EVALUATED = 50  # held-out prompts, two seeds each
+EVALUATED, SEEDS_EACH = 50, 4  # held-out prompts, pictures of each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Setting:
     kind: str = "sde"
     sibling: str = "random"
     end: float = 1.0
-    prompts: str = "all"
+    prompts: str = "unseen"
     every: int = 10
 
     @property
@@ -157,8 +158,8 @@ def split_prompts(family: Family, which: str) -> tuple[list[Prompt], list[Prompt
 
 
 def evaluate(family: Family, prompts: list[Prompt], setting: Setting) -> dict[str, float]:
-    """Plain sampling of the held-out prompts, 12 steps, two fixed seeds each."""
-    captions = [prompt.caption for prompt in prompts for _ in range(2)]
+    """Plain sampling of the held-out prompts, 12 steps, fixed seeds."""
+    captions = [prompt.caption for prompt in prompts for _ in range(SEEDS_EACH)]
     denoise = guided_denoise(family.generator, family.tokenizer, captions, setting.cfg)
     latents, _ = stepwise.sample_stepwise(
         denoise,
@@ -168,8 +169,18 @@ def evaluate(family: Family, prompts: list[Prompt], setting: Setting) -> dict[st
         num_branches=1,
         noise_level=0.0,
     )
-    found = measure(family, latents, prompts, 2)
+    found = measure(family, latents, prompts, SEEDS_EACH)
     return {name: float(found[name].mean()) for name in ("drm", "judge", "judge_first", "diversity")}
+
+
+def untrained(family: Family, held: list[Prompt], setting: Setting, out: Path) -> dict[str, float]:
+    """`evaluate` of the policy before it learned, worked out once for all runs."""
+    path = out / "untrained" / f"{setting.prompts}_cfg{setting.cfg:g}.json"
+    if not path.exists():
+        found = evaluate(family, held, setting)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_atomically(path, lambda temporary: temporary.write_text(json.dumps(found)))
+    return json.loads(path.read_text())
 
 
 def update(policy: Policy, prompts: list[Prompt], setting: Setting, number: int, settings: GRPOSettings):
@@ -210,7 +221,9 @@ def train(setting: Setting, out: Path) -> list[dict]:
         end=setting.end,
     )
     optimizer = torch.optim.AdamW(policy.learned, lr=setting.rate, betas=(0.9, 0.999), weight_decay=1e-4)
-    rows = [{"updates": 0, "passes": 0, "forwards": 0, "seconds": 0.0, **evaluate(family, held, setting)}]
+    rows = [
+        {"updates": 0, "passes": 0, "forwards": 0, "seconds": 0.0, **untrained(family, held, setting, out)}
+    ]
     spent, passes, forwards, seen = 0.0, 0.0, 0.0, []
     for number in range(setting.updates):
         begun = time.perf_counter()
