@@ -88,14 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/grpo"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3], help="one, or one for each way")
     parser.add_argument("--prompts", default="unseen")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/step_grpo.json"))
     args = parser.parse_args()
-    all_runs = []
+    all_runs, rates = [], dict(zip(WAYS, itertools.cycle(args.rates), strict=False))
     for seed in args.seeds:
         settings = {
-            way: Setting(way=way[0], k=way[1], rate=args.rate, seed=seed, updates=0, prompts=args.prompts)
+            way: Setting(way=way[0], k=way[1], rate=rates[way], seed=seed, updates=0, prompts=args.prompts)
             for way in WAYS
         }
         all_runs.append(
@@ -110,7 +110,8 @@ def main() -> None:
             name, {key: [round(v, 3) for v in value] for key, value in table[name].items() if key != "seeds"}
         )
     runs = {f"{way} {k}": [seed[way, k] for seed in all_runs] for way, k in WAYS}
-    result = {"rate": args.rate, "prompts": args.prompts, "table": table, "runs": runs}
+    used = {f"{way} {k}": rate for (way, k), rate in rates.items()}
+    result = {"rates": used, "prompts": args.prompts, "table": table, "runs": runs}
     replace_atomically(args.results, lambda path: path.write_text(json.dumps(result)))
     draw(all_runs, Path("docs/step_grpo.png"))
 
