@@ -9,7 +9,7 @@ the elements 4 i .. 4 i + 3 of a row-major (C, H, W) latent, a Triton kernel dra
     n2, n3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(i2), tl.uint_to_uniform_float(i3))
 
 with uint32 counters and a 64-bit seed; for step = item = branch = 0 that is `tl.randn4x(seed, i)`. The
-integers are equal bit for bit on every device, the normals to the last places of log, cos and sin.
+integers are equal bit for bit on every device and in our own kernel (noise_triton.py), the normals to 1e-6.
 """
 
 import functools
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .flow import expand_sigma
 from .sde import check_noise_level, check_sigmas, transition
 
 _MASK = 0xFFFFFFFF
@@ -77,9 +78,8 @@ def _check_streams(values: Sequence[int], name: str) -> list[int]:
 
 def _normals(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> Tensor:
     """Four normals of every counter, side by side: (rows, len(c0), 4)."""
-    words = philox4x32(c0, c1, c2, c3, seed & _MASK, seed >> 32)
-    n0, n1 = uniform_pair_to_normal(uint_to_uniform(words[0]), uint_to_uniform(words[1]))
-    n2, n3 = uniform_pair_to_normal(uint_to_uniform(words[2]), uint_to_uniform(words[3]))
+    u = [uint_to_uniform(word) for word in philox4x32(c0, c1, c2, c3, seed & _MASK, seed >> 32)]
+    (n0, n1), (n2, n3) = uniform_pair_to_normal(u[0], u[1]), uniform_pair_to_normal(u[2], u[3])
     return torch.stack((n0, n1, n2, n3), dim=-1)
 
 
@@ -211,8 +211,7 @@ def branch_candidates(
 class Candidates:
     """What one step drew from one mean, branch j of item i under the noise stream (seed, step, i, j).
 
-    scored: (B, k, C, H, W) in the scorer's dtype. std: float32, (B, 1, 1, 1) or (1, 1, 1, 1), without
-    noise_scale.
+    scored: (B, k, C, H, W) in the scorer's dtype. std: (B, 1, 1, 1) or (1, 1, 1, 1), before noise_scale.
     """
 
     scored: Tensor
@@ -281,10 +280,8 @@ def _twin(
         return ((samples - mean.unsqueeze(1)) ** 2).mean(dim=tuple(range(2, samples.ndim)))
 
     def drawn_again(row: int, branch: int) -> Tensor:
-        own_std = std[row : row + 1] if len(std) > 1 else std
-        return branch_candidates(
-            mean[row : row + 1], own_std, seed, step, [items[row]], [branch], noise_scale
-        )[0, 0]
+        own, address = std.expand(len(x), *std.shape[1:])[row], (seed, step, [items[row]], [branch])
+        return branch_candidates(mean[row : row + 1], own, *address, noise_scale)[0, 0]
 
     def state(branch: Tensor, rows: Tensor | None) -> Tensor:
         rows = range(len(x)) if rows is None else rows.tolist()
@@ -296,10 +293,12 @@ def _twin(
     return Candidates(samples.to(dtype), std, squared, state)
 
 
-def _check_at_hand(sigmas: tuple[float | Tensor, ...], noise_level: float, kind: str) -> None:
+def _check_at_hand(x: Tensor, sigmas: tuple[float | Tensor, ...], kind: str) -> None:
     """What `transition` checks, as far as it can be known without waiting for the device."""
-    check_noise_level(noise_level, kind)
-    if not any(isinstance(sigma, Tensor) and sigma.device.type == "cuda" for sigma in sigmas):
+    tensors = [sigma for sigma in sigmas if isinstance(sigma, Tensor)]
+    for sigma in tensors:  # their shape alone
+        expand_sigma(sigma, torch.empty(len(x), 1, device=sigma.device))
+    if all(sigma.device.type == "cpu" for sigma in tensors):
         check_sigmas(*(torch.as_tensor(sigma, dtype=torch.float32) for sigma in sigmas), kind)
 
 
@@ -332,12 +331,12 @@ def branch_step(
             f"x {tuple(x.shape)}, velocity {tuple(velocity.shape)}, {len(items)} item ids: wanted two equal"
             " shapes and one id per item"
         )
+    check_noise_level(noise_level, kind)
     sigmas = (sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
     kernel = _kernel(x.device) if x.device.type == "cuda" else None
-    if kernel is not None:
-        _check_at_hand(sigmas, noise_level, kind)
-    draw = _twin if kernel is None else kernel.branch_step
-    return draw(
+    if kernel:
+        _check_at_hand(x, sigmas, kind)
+    return (kernel.branch_step if kernel else _twin)(
         x,
         velocity,
         sigmas,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from drm.branching import (
+    _check_at_hand,
     _kernel,
     _normals,
     branch_candidates,
@@ -224,6 +225,17 @@ def test_step_refuses_what_it_cannot_mean():
         branch_step(x, x, 0.8, 0.6, **{**address, "step": -1})
     with pytest.raises(ValueError, match="kind is 'ode'"):
         branch_step(x, x, 0.8, 0.6, **address, kind="ode")
+
+
+def test_what_is_checked_before_the_kernel():
+    x = torch.zeros(2, *SHAPE)
+    _check_at_hand(x, (torch.tensor([0.8, 0.5]), 0.4, torch.tensor(0.9)), "sde")
+    with pytest.raises(ValueError, match="from sigma"):
+        _check_at_hand(x, (0.6, torch.tensor(0.8), 0.9), "sde")
+    with pytest.raises(ValueError, match="sigma_max"):
+        _check_at_hand(x, (1.0, 0.8, 1.0), "sde")
+    with pytest.raises(ValueError, match="batch of 2"):
+        _check_at_hand(x, (torch.full((3,), 0.8), 0.4, 0.9), "sde")
 
 
 def test_without_a_kernel_the_reason_is_said_once_and_the_twin_draws(monkeypatch, caplog):
