@@ -2,11 +2,11 @@
 
     mean_i, std_i = sde.py's transition of item i                   read x and velocity once
     x'_ij         = mean_i + std_i * noise_scale * eps(seed, step, item_i, branch_j, element)
-    sums_ijb      = sum over the elements of block b of (x'_ij - mean_i)^2
+    sums_ijb      = sum over the elements of block b of (std_i * noise_scale * eps)^2
 
 The noise lives in registers only (noise_triton.py). Sigmas are read on the device or come by value, so that
-nothing waits for the host. Sums are kept one a block and added up afterwards, because atomics would add in a
-different order every time. The float32 state of a winner is drawn a second time from its counters instead of
+nothing waits for the host. Sums, of (x' - mean)^2 before x' is rounded, are kept one a block and added up
+afterwards, because atomics would add in a different order every time. The float32 state of a winner is drawn a second time from its counters instead of
 keeping k of them.
 
 Floating-point contraction is off: both kernels then round as the twin in torch does, and as each other.
@@ -27,8 +27,7 @@ from .branching import Candidates
 from .noise_triton import noise_of
 from .sde import NEARLY_ONE
 
-# Counters, of four elements each, that a program of WARPS warps works through.
-COUNTERS, WARPS = 256, 4
+WARPS = 4
 
 _NEARLY_ONE = tl.constexpr(NEARLY_ONE)
 
@@ -145,15 +144,18 @@ def _candidates_kernel(
     )
     if block == 0:
         tl.store(stds + row, std)
-    item = tl.load(items + row).to(tl.uint32)
+    item, scale = tl.load(items + row).to(tl.uint32), std * noise_scale
     for j in range(count):
         branch = tl.load(branches + j).to(tl.uint32)
-        noise = noise_of(seed_low, seed_high, step, item, branch, counter)
-        candidate = tl.fma(std * noise_scale, noise, mean)
+        noise, squares = noise_of(seed_low, seed_high, step, item, branch, counter)
+        candidate = tl.fma(scale, noise, mean)
         place = row * count + j
         tl.store(scored + place * elements + element, candidate.to(scored.dtype.element_ty), mask=mask)
-        distance = tl.where(mask, candidate - mean, 0.0)
-        tl.store(sums + place * tl.num_programs(0) + block, tl.sum(distance * distance))
+        if EVEN:
+            total = tl.sum(squares)
+        else:
+            total = tl.sum(tl.where(mask, noise * noise, 0.0))
+        tl.store(sums + place * tl.num_programs(0) + block, total * scale * scale)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
@@ -203,7 +205,7 @@ def _state_kernel(
         COUNTERS,
     )
     item, branch = tl.load(items + row).to(tl.uint32), tl.load(winners + place).to(tl.uint32)
-    noise = noise_of(seed_low, seed_high, step, item, branch, counter)
+    noise, _ = noise_of(seed_low, seed_high, step, item, branch, counter)
     tl.store(state + place * elements + element, tl.fma(std * noise_scale, noise, mean), mask=mask)
 
 
@@ -225,6 +227,11 @@ def _sigma(sigma: float | Tensor, device: torch.device) -> tuple[float | Tensor,
         return float(sigma), -1
     sigma = sigma.to(device, torch.float32).contiguous()
     return sigma, int(sigma.numel() > 1)
+
+
+def counters_of(elements: int) -> int:
+    """How many counters, of four elements each, a program of WARPS warps takes, given an item's size."""
+    return 512 if elements >= 2**18 else 256
 
 
 def signed(word: int) -> int:
@@ -256,11 +263,11 @@ def branch_step(
     address = (signed(seed & 0xFFFFFFFF), signed(seed >> 32), signed(step))
     # What both kernels get at the end.
     shared = (*sigmas, float(level), kept, float(noise_scale), *address, elements)
-    even = elements % (4 * COUNTERS) == 0
+    counters = counters_of(elements)
     options = dict(zip(("STRIDE", "STRIDE_NEXT", "STRIDE_MAX"), strides, strict=True))
-    options |= {"CPS": cps, "EVEN": even, "COUNTERS": COUNTERS}
+    options |= {"CPS": cps, "EVEN": elements % (4 * counters) == 0, "COUNTERS": counters}
     options |= {"num_warps": WARPS, "enable_fp_fusion": False}
-    blocks, count = triton.cdiv(elements, 4 * COUNTERS), len(branches)
+    blocks, count = triton.cdiv(elements, 4 * counters), len(branches)
     scored = torch.empty(batch, count, *x.shape[1:], dtype=dtype, device=device)
     sums = torch.empty(batch, count, blocks, device=device)
     stds = torch.empty(batch, *[1] * (x.ndim - 1), device=device)

@@ -29,7 +29,7 @@ def _minus_two_log(u):
 
 @triton.jit
 def _sine_and_cosine(angle):
-    """Both, for angles of [0, 2 pi], from the rest to the nearest multiple of pi."""
+    """Both for angles of [0, 2 pi], from the rest to the nearest multiple of pi, and the sign they lack."""
     # Adding 1.5 * 2^23 rounds to a whole number, which is left in the low bits.
     rounded = tl.fma(angle, 0.3183098861837907, 12582912.0)
     turns = rounded - 12582912.0
@@ -53,12 +53,13 @@ def _sine_and_cosine(angle):
 
 @triton.jit
 def _normal_pair(bits1, bits2):
-    """Box-Muller: two words to two normals."""
+    """Box-Muller: two words to two normals, and the sum of their squares."""
     u1 = tl.maximum(tl.uint_to_uniform_float(bits1), 1.0e-7)
     sine, cosine, sign = _sine_and_cosine(6.283185307179586 * tl.uint_to_uniform_float(bits2))
-    radius = tl.sqrt(_minus_two_log(u1))
+    squares = _minus_two_log(u1)
+    radius = tl.sqrt(squares)
     radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-    return radius * cosine, radius * sine
+    return radius * cosine, radius * sine, squares
 
 
 @triton.jit
@@ -85,8 +86,9 @@ def philox_words(seed_low, seed_high, step, item, branch, counter):
 
 @triton.jit
 def noise_of(seed_low, seed_high, step, item, branch, counter):
-    """(COUNTERS, 4) normals of one branch of one item."""
+    """Normals (COUNTERS, 4) of one branch of one item, and each four's sum of squares (COUNTERS,)."""
     i0, i1, i2, i3 = philox_words(seed_low, seed_high, step, item, branch, counter)
-    n0, n1 = _normal_pair(i0, i1)
-    n2, n3 = _normal_pair(i2, i3)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (counter.shape[0], 4))
+    n0, n1, first = _normal_pair(i0, i1)
+    n2, n3, second = _normal_pair(i2, i3)
+    noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (counter.shape[0], 4))
+    return noise, first + second

@@ -157,18 +157,18 @@ TYPES = {
 }
 
 
-def compiled(kernel, capability: int, cps: bool):
+def compiled(kernel, capability: int, cps: bool, counters: int):
     """A kernel for an NVIDIA GPU that need not be there, by the compiler that comes with Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from drm.branching_triton import COUNTERS, WARPS
+    from drm.branching_triton import WARPS
 
     names = kernel.arg_names
     signature = {name: TYPES.get(name, "*fp32") for name in names}
     constants = {"STRIDE": 0, "STRIDE_NEXT": 0, "STRIDE_MAX": 0, "CPS": cps}
-    constants |= {"EVEN": True, "COUNTERS": COUNTERS}
+    constants |= {"EVEN": True, "COUNTERS": counters}
     aligned = [name for name in names if signature[name].startswith("*") or name == "elements"]
     source = ASTSource(
         fn=kernel,
@@ -178,16 +178,18 @@ def compiled(kernel, capability: int, cps: bool):
     )
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=options), COUNTERS // (32 * WARPS)
+    return triton.compile(source, target=target, options=options), counters // (32 * WARPS)
 
 
-@pytest.mark.parametrize(("capability", "cps"), [(80, False), (90, False), (90, True)])
-def test_compiles_without_a_gpu_into_wide_reads_and_writes(capability, cps):
+@pytest.mark.parametrize(
+    ("capability", "cps", "counters"), [(80, False, 256), (90, False, 512), (90, True, 256)]
+)
+def test_compiles_without_a_gpu_into_wide_reads_and_writes(capability, cps, counters):
     """x and velocity are read once, 16 bytes a thread, and bfloat16 candidates written 8 bytes a thread."""
     from drm.branching_triton import _candidates_kernel, _state_kernel
 
-    candidates, per_thread = compiled(_candidates_kernel, capability, cps)
-    state, _ = compiled(_state_kernel, capability, cps)
+    candidates, per_thread = compiled(_candidates_kernel, capability, cps, counters)
+    state, _ = compiled(_state_kernel, capability, cps, counters)
     assert candidates.asm["cubin"]
     assert state.asm["cubin"]
     ptx = candidates.asm["ptx"]
