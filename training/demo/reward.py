@@ -182,6 +182,9 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
 
+    # Weights that die leave gradients too small for a normal float, and each costs a CPU 100 cycles: a step
+    # once took 14 s in place of 0.5. Threads take the setting over when they start, so it comes first.
+    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     demo = data.load(args.data)
     pool = make_pool(args.generator, args.data, args.autoencoder)
@@ -230,7 +233,7 @@ def main() -> None:
         decay=0.02,
         weight_decay=0.01,
         ema=0.995,
-        save_every=500,
+        save_every=250,
         seed=args.seed,
     )
     averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
