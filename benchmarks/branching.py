@@ -1,6 +1,6 @@
 """What branching costs: the CUDA kernel against the card's own copy, and plain torch against a CPU's step.
 
-    python -m benchmarks.branching                       # about 3 minutes on two CPU threads, 1 on a GPU
+    python -m benchmarks.branching                       # about a minute, and another on a GPU
     python -m benchmarks.branching --batches 1 64        # a GPU's batch sizes
 
 On a GPU, at SD3.5's latents for 512x512 and 1024x1024: bytes a second of the fused kernel (x and velocity
@@ -9,8 +9,9 @@ of the card's largest copy; the time of the twin in plain torch over the kernel'
 winner's float32 state. Calls go round a ring of tensors larger than the cache, in a CUDA graph, so that the
 host's launching is not what is measured; `eager` is the time with it.
 
-Everywhere: what `branch_step` adds to one step of the demo's plain sampling (CFG) on the CPU, and how much
-faster the CPU's noise is than Philox in torch's int64, which other devices use.
+Everywhere: what `branch_step` adds to one step of the demo's plain sampling (CFG) on one thread of the CPU,
+and how much faster the CPU's noise is than Philox in torch's int64, which other devices use. This part counts
+the process's CPU time, which other work on the machine disturbs least.
 
 Contestants take turns, round by round; figures are medians over rounds of the round's own ratio. The file
 keeps the part that this machine cannot measure.
@@ -59,11 +60,13 @@ def ratio(taken: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def on_clock(call: Callable[[], object], repeats: int = 1) -> Callable[[], float]:
+    """CPU seconds of one call."""
+
     def timed() -> float:
-        begun = time.perf_counter()
+        begun = time.process_time()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - begun) / repeats
+        return (time.process_time() - begun) / repeats
 
     return timed
 
@@ -248,10 +251,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     found["cpu"] = {
         "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": 1,
         "torch": torch.__version__,
         "step": step_rows(options.models, options.rounds),
         "noise": noise_rows(options.rounds),

@@ -6,8 +6,8 @@
 
 The noise lives in registers only (noise_triton.py). Sigmas are read on the device or come by value, so that
 nothing waits for the host. Sums, of (x' - mean)^2 before x' is rounded, are kept one a block and added up
-afterwards, because atomics would add in a different order every time. The float32 state of a winner is drawn a second time from its counters instead of
-keeping k of them.
+afterwards, because atomics would add in a different order every time. The float32 state of a winner is drawn
+a second time from its counters instead of keeping k of them.
 
 Floating-point contraction is off: both kernels then round as the twin in torch does, and as each other.
 """
