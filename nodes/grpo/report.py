@@ -57,7 +57,7 @@ def report(run: Run) -> str:
         f"reward {first:+.3f} at first, {last:+.3f} at last (means of {few})",
         f"held-out score ({len(training.held_out)} prompts {aside}) {watch.start:+.3f} before,"
         f" {best.held_out:+.3f} after iteration {best.iteration}, which is the one kept",
-        f"diversity {best.diversity:.2f} of what it was, KL {best.kl:.2g}",
+        f"diversity {best.diversity:.2f} of what it was" + f", KL {best.kl:.2g}" * (training.kl_weight > 0),
         *warnings(run),
         f"LoRA: {run.path}",
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...drm.lora import LoRAFileError, load_lora, save_lora
@@ -177,7 +178,9 @@ class Run:
         progress, total = self.state.progress, self.training.iterations
         words = [f"iteration {progress.iteration} of {total}"]
         if progress.rewards:
-            words += [f"reward {progress.rewards[-1]:+.3f}", f"KL {progress.kl[-1]:.2g}"]
+            words.append(f"reward {progress.rewards[-1]:+.3f}")
+        if progress.kl and self.training.kl_weight:  # without a weight it is not measured
+            words.append(f"KL {progress.kl[-1]:.2g}")
         if progress.watch.looks:
             words.append(f"held-out {progress.watch.looks[-1].held_out:+.3f}")
         if self.done_here:
@@ -224,19 +227,23 @@ class Run:
         """State and LoRA; a full disk is said, not the end of the run. The state is what a run goes on from:
         a server killed after it and before the LoRA has lost nothing, `_make_good` writes that anew.
         """
-        try:
-            self.state.save(self._state_path)
-            save_lora(tensors or self._tensors(), self.path, self.facts())
-        except OSError as error:
-            note = f"{self.path.name} could not be saved ({error})"
-            logging.warning("Step-GRPO: %s", note)
-            self.notes = [*[line for line in self.notes if line != note], note]
+        writes = {
+            self._state_path: self.state.save,
+            self.path: lambda path: save_lora(tensors or self._tensors(), path, self.facts()),
+        }
+        for path, write in writes.items():
+            try:
+                write(path)
+            except (OSError, SafetensorError) as error:
+                note = f"{path.name} could not be saved ({error})"
+                logging.warning("Step-GRPO: %s", note)
+                self.notes = [*[line for line in self.notes if line != note], note]
         self.saved_at = time.monotonic()
 
     def _make_good(self) -> None:
-        """Writes the LoRA again where it is not of the iteration that is gone on from."""
+        """Writes the LoRA again where it is behind the iteration that is gone on from."""
         try:
-            behind = load_lora(self.path)[1]["iteration"] != self.state.progress.iteration
+            behind = load_lora(self.path)[1]["iteration"] < self.state.progress.iteration
         except LoRAFileError:
             behind = True
         if behind:

@@ -1,6 +1,9 @@
 """Step-GRPO LoRA Trainer in this process: it learns, goes on after a stop, and leaves the MODEL as it was."""
 
+import contextlib
 import re
+import resource
+import signal
 
 import pytest
 import torch
@@ -86,7 +89,7 @@ def test_it_learns_and_saves(inside, output, clean, method):
     assert facts["settings"]["prompts"][0] == "red heart"
     assert (image.shape[0], image.shape[3]) == (1, 3)
     assert image.std() > 0.05
-    for line in ("exactly 1", "std of the stochastic path", "memory: about", "spread among siblings"):
+    for line in ("KL", "exactly 1", "std of the stochastic path", "memory: about", "spread among siblings"):
         assert line in report
     assert str(path) in report
 
@@ -97,6 +100,7 @@ def test_training_raises_the_reward(inside, output):
     before, after = re.search(r"held-out score .* ([+-][\d.]+) before, ([+-][\d.]+) after", report).groups()
     assert float(after) > float(before)
     assert sum(loss["loss"][-4:]) > sum(loss["loss"][:4])
+    assert "KL" not in report  # without a weight it is not measured
 
 
 def test_seed_decides_everything(inside, output):
@@ -370,13 +374,41 @@ def test_one_iteration_gives_a_curve_the_stock_graph_can_draw(inside, output):
     assert loss[0] == pytest.approx(loss[1], rel=1e-5)
 
 
-def test_full_disk_costs_the_file_only(inside, output, pack, monkeypatch):
-    run = pack.module("nodes.grpo.run")
+@pytest.fixture
+def full_disk():
+    """Within it no file can grow past so many bytes: what a full disk does to a program."""
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    @contextlib.contextmanager
+    def limited(size):
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
 
-    monkeypatch.setattr(run, "save_lora", full)
+    return limited
+
+
+@pytest.mark.parametrize(("size", "missing"), [(1000, [".resume", ".safetensors"]), (600_000, [".resume"])])
+def test_full_disk_costs_the_file_only(inside, output, pack, monkeypatch, full_disk, size, missing):
+    """600 kB hold the LoRA but not the state, which is four times as large."""
+    run = pack.module("nodes.grpo.run").Run
+    save = run._save
+
+    def limited(self, *arguments):
+        with full_disk(size):
+            save(self, *arguments)
+
+    monkeypatch.setattr(run, "_save", limited)
     lora, report = (train(inside)[i] for i in (1, 5))
     assert any(tensor.abs().max() > 0 for tensor in lora.values())
-    assert "could not be saved ([Errno 28] No space left on device)" in report
+    for ending in (".resume", ".safetensors"):
+        saved = files(output, ending)
+        assert (saved == []) == (ending in missing)
+        assert bool(re.search(rf"{ending} could not be saved \(.*File too large", report)) == (
+            ending in missing
+        )
+    assert not list((output / "loras").glob(".*.tmp"))
