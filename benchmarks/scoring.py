@@ -1,0 +1,370 @@
+"""What scoring k siblings costs: by depth, shared against naive, and against the machine's matrix products.
+
+    python -m benchmarks.scoring                      # the demo's reward model, about 3 minutes on one thread
+    python -m benchmarks.scoring --rounds 9           # with a GPU also SD3.5-Medium's size, about 5 minutes
+
+Naive is the model's own forward over all candidates, with their prompts repeated, in bfloat16 (and on the CPU
+under autocast). Shared is what samplers use, drm.scoring.Scorer, at a new sigma every call, so that what is
+shared is paid for each time; depth d stops every candidate at the head after block d, and "halved" lets half
+of those that are left go on. A model without early heads gets random ones, which cost the same. Operations
+are counted by torch's FlopCounterMode.
+
+With a GPU, the reward model of SD3.5-Medium's full size with random weights in bfloat16: blocks plain,
+compiled and in CUDA graphs; operations a second against those of matrix products of the same shapes, one
+after another (the layers of every block); peak memory over the weights. Contestants take turns, round by
+round, and ratios are medians over rounds of the round's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.branching import in_turns, ratio
+from drm import DRM, load_drm
+from drm.backbone import BackboneConfig, TruncatedSD3, sd35_medium_config
+from drm.compiling import CompiledSteps, compile_steps
+from drm.head import ConvHead
+from drm.prepared import Steps
+from drm.scoring import Scorer
+from training.loop import bfloat16_autocast
+
+RESULTS = Path("benchmarks/results/scoring.json")
+DEMO = Path("models/drm/drm_demo_emoji.safetensors")
+BRANCHES = (2, 4, 6)
+SIZES = {"512x512": 64, "1024x1024": 128}
+# CLIP's 77 tokens and T5's 256.
+TEXT_TOKENS = 333
+PARTS = {
+    "matrix products": ("addmm", "mm", "bmm", "_linear_pointwise"),
+    "attention": ("_scaled_dot_product",),
+    "head's convolutions and norms": ("mkldnn_convolution", "native_group_norm"),
+    "GELU": ("gelu",),
+    "casts and copies": ("copy_", "cat"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Candidates (B * k, ...) of B prompts."""
+
+    latents: Tensor
+    item: Tensor
+    embeds: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def draw(cls, drm: DRM, prompts: int, k: int, side: int, tokens: int, device: torch.device) -> Case:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        return cls(
+            normal(prompts * k, drm.in_channels, side, side),
+            torch.arange(prompts, device=device).repeat_interleave(k),
+            normal(prompts, tokens, drm.prompt_dim),
+            normal(prompts, drm.pooled_dim),
+        )
+
+    @torch.no_grad()
+    def naive(self, drm: DRM) -> Tensor:
+        """The model's own forward."""
+        return drm(self.latents, 0.5, self.embeds[self.item], self.pooled[self.item])
+
+    def one_at_a_time(self, drm: DRM) -> Tensor:
+        """Scores of candidates that never meet."""
+        rows = zip(self.latents, self.embeds[self.item], self.pooled[self.item], strict=True)
+        return torch.cat([drm.score(x[None], 0.5, text[None], pooled[None]) for x, text, pooled in rows])
+
+
+def stopping_at(depth: int) -> Callable[[int, Tensor], Tensor]:
+    """go_on: everything up to a depth, nothing beyond."""
+    return lambda reached, scores: torch.full_like(scores, reached < depth, dtype=torch.bool)
+
+
+def halving(reached: int, scores: Tensor) -> Tensor:
+    """go_on: the better half of the rows that are left."""
+    return scores > scores[scores.isfinite()].median()
+
+
+def clocked(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """The seconds of a call, a GPU's work included."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed() -> float:
+        wait()
+        begun = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - begun
+
+    return timed
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Floating-point operations of a call, two for a multiply and add."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work()
+    return counter.get_total_flops()
+
+
+def ways(drm: DRM, case: Case) -> dict[str, Callable[[], object]]:
+    """Naive, shared, every early depth and halving, with plain blocks; every call at a sigma of its own."""
+    scorer = Scorer(drm, case.embeds, case.pooled, compiled=CompiledSteps(False))
+    sigmas = (0.5 + 1e-6 * number for number in itertools.count())
+
+    def staged(go_on: Callable) -> Callable[[], object]:
+        return lambda: scorer.staged(case.latents, next(sigmas), case.item, go_on)
+
+    early = {f"depth {depth}": staged(stopping_at(depth)) for depth in drm.depths[:-1]}
+    shared = {"shared": lambda: scorer(case.latents, next(sigmas), case.item)}
+    return {"naive": lambda: case.naive(drm), **shared, **early, "halved": staged(halving)}
+
+
+def row_of(taken: dict[str, list[float]], counted: dict[str, int], count: int) -> dict:
+    """Of every way: time and operations over naive's, and milliseconds and operations a candidate."""
+    return {
+        name: {
+            "time_ratio": ratio(taken, name, "naive"),
+            "operations_ratio": counted[name] / counted["naive"] if name in counted else None,
+            "operations": counted[name] // count if name in counted else None,
+            "milliseconds": 1000 * statistics.median(times) / count,
+        }
+        for name, times in taken.items()
+    }
+
+
+def with_early_heads(drm: DRM, blocks: list[int]) -> DRM:
+    """The model, with random early heads where it has none."""
+    if drm.early_heads:
+        return drm
+    heads = {n: ConvHead(drm.head.dim, drm.head.hidden).to(drm.head.out.weight.device) for n in blocks}
+    return DRM(drm.backbone, drm.head, drm.metadata, heads).requires_grad_(False).eval()
+
+
+def profile(work: Callable[[], object]) -> dict[str, float]:
+    """Shares of a call's own CPU time by kind of operation."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    work()
+    with profiler(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    spent = {
+        event.key.split("::")[-1]: event.self_cpu_time_total
+        for event in found.key_averages()
+        if "::" in event.key
+    }
+    shares = dict.fromkeys([*PARTS, "the rest, element by element"], 0.0)
+    for name, time_ in spent.items():
+        kind = next((kind for kind, names in PARTS.items() if name.startswith(names)), list(shares)[-1])
+        shares[kind] += time_ / sum(spent.values())
+    return shares
+
+
+def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
+    """The demo's reward model on the CPU, in bfloat16."""
+    device = torch.device("cpu")
+    exact = load_drm(path).requires_grad_(False)
+    exact = with_early_heads(exact, list(range(1, exact.num_blocks)))
+    early = {int(blocks): head for blocks, head in exact.early_heads.items()}
+    half = DRM(load_drm(path, dtype=torch.bfloat16).backbone, exact.head, exact.metadata, early)
+    half = half.requires_grad_(False).eval()
+    rows = []
+    for k in BRANCHES:
+        case = Case.draw(exact, prompts, k, 16, exact.metadata.get("text_length", 20), device)
+        counted = {name: operations(work) for name, work in ways(exact, case).items()}
+        contestants = {name: clocked(work, device) for name, work in ways(half, case).items()}
+
+        def autocast(case: Case = case) -> Tensor:
+            with bfloat16_autocast("cpu"):
+                return case.naive(exact)
+
+        tokens = torch.randn(prompts * k, 64, exact.head.dim).bfloat16()
+        contestants["naive, autocast"] = clocked(autocast, device)
+        contestants["head alone"] = clocked(lambda tokens=tokens: exact.head(tokens, 8, 8), device)
+        contestants["prepare alone"] = clocked(
+            lambda case=case: half.prepare(0.5, case.embeds, case.pooled), device
+        )
+        in_turns(contestants, 1)
+        rows.append({"k": k, **row_of(in_turns(contestants, rounds), counted, prompts * k)})
+        tell(f"demo, k = {k}", rows[-1])
+    four = Case.draw(exact, prompts, 4, 16, 20, device)
+    prepared = [drm.prepare(0.5, four.embeds, four.pooled) for drm in (exact, half)]
+    found = [
+        (drm.score_prepared(four.latents, shared, four.item) - four.one_at_a_time(drm)).abs().max().item()
+        for drm, shared in zip((exact, half), prepared, strict=True)
+    ]
+    return {
+        "depths": exact.depths,
+        "prompts": prompts,
+        "rows": rows,
+        "candidates_at_once": parts_rows(half, four, rounds),
+        "shared_minus_one_at_a_time": dict(zip(("float32", "bfloat16"), found, strict=True)),
+        "profile": {
+            "naive, autocast": profile(autocast),
+            "shared": profile(ways(half, four)["shared"]),
+        },
+    }
+
+
+def parts_rows(drm: DRM, case: Case, rounds: int) -> dict[str, float]:
+    """Time a candidate by how many go through at once, over that of all at once."""
+    shared, count = drm.prepare(0.5, case.embeds, case.pooled), len(case.item)
+
+    def parted(size: int) -> Callable[[], object]:
+        parts = list(zip(case.latents.split(size), case.item.split(size), strict=True))
+        return lambda: [drm.score_prepared(x, shared, item) for x, item in parts]
+
+    sizes = [size for size in (1, 2, 4, 8, 16, 24, 32, 64) if size < count]
+    contestants = {str(size): clocked(parted(size), case.latents.device) for size in (*sizes, count)}
+    in_turns(contestants, 1)
+    taken = in_turns(contestants, rounds)
+    return {name: ratio(taken, name, str(count)) for name in contestants}
+
+
+def tell(what: str, row: dict) -> None:
+    ratios = {
+        name: figures["time_ratio"]
+        for name, figures in row.items()
+        if isinstance(figures, dict) and "time_ratio" in figures
+    }
+    cells = [f"{name} {value:.2f}" for name, value in ratios.items()]
+    print(f"{what}, time over naive's: {', '.join(cells)}", flush=True)
+
+
+def random_drm(config: BackboneConfig, device: torch.device) -> DRM:
+    """Random weights in bfloat16, heads after each third of the blocks."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with device:
+            backbone = TruncatedSD3(config)
+    finally:
+        torch.set_default_dtype(default)
+    with device:
+        head = ConvHead(config.width)
+        thirds = {config.num_kept // 3, 2 * config.num_kept // 3} - {0}
+        drm = DRM(backbone, head, early_heads={n: ConvHead(config.width) for n in thirds})
+    return drm.requires_grad_(False).eval()
+
+
+def products(config: BackboneConfig, rows: int, side: int, tokens: int, device: torch.device) -> list:
+    """(a, b) of every matrix product in the blocks' layers, for `rows` candidates."""
+    width, image, text = config.width, rows * (side // config.patch_size) ** 2, rows * tokens
+    shapes = []
+    for block in range(config.num_kept):
+        shapes += [(image, width, width)] * (8 if block in config.dual_attention_layers else 4)
+        shapes += [(image, width, 4 * width), (image, 4 * width, width), *[(text, width, width)] * 3]
+        if block + 1 < config.num_kept:
+            shapes += [(text, width, width), (text, width, 4 * width), (text, 4 * width, width)]
+    made = {
+        shape: tuple(
+            torch.randn(size, device=device, dtype=torch.bfloat16) for size in (shape[:2], shape[1:])
+        )
+        for shape in set(shapes)
+    }
+    return [made[shape] for shape in shapes]
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Most bytes that a call holds beyond what is there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compiled_ways(drm: DRM, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Shared scoring with compiled blocks, on a GPU in CUDA graphs too."""
+    inductor = {"backend": "inductor" if device.type == "cuda" else "eager"}
+    steps = {"compiled": compile_steps(**inductor)}
+    if device.type == "cuda":
+        steps["in CUDA graphs"] = compile_steps("reduce-overhead")
+
+    def scored(steps: Steps) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        shared = drm.prepare(0.5, case.embeds, case.pooled)
+        return drm.score_prepared(case.latents, shared, case.item, steps)
+
+    return {name: lambda chosen=chosen: scored(chosen) for name, chosen in steps.items()}
+
+
+def large_rows(config: BackboneConfig, sizes: dict[str, int], tokens: int, rounds: int, where: str) -> list:
+    """One prompt and k candidates at every size: times, operations a second and memory."""
+    device, rows = torch.device(where), []
+    drm = random_drm(config, device)
+    for (size, side), k in itertools.product(sizes.items(), BRANCHES):
+        case = Case.draw(drm, 1, k, side, tokens, device)
+        works = ways(drm, case)
+        counted = {name: operations(work) for name, work in works.items()}
+        compiled = compiled_ways(drm, case, device)
+        works |= compiled
+        counted |= dict.fromkeys(set(works) - set(counted), counted["shared"])
+        layers = products(config, k, side, tokens, device)
+        counted["products"] = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in layers)
+        contestants = {name: clocked(work, device) for name, work in works.items()}
+        contestants["products"] = clocked(lambda layers=layers: [a @ b for a, b in layers], device)
+        in_turns(contestants, 3)
+        taken = in_turns(contestants, rounds)
+        row = {"size": size, "k": k, **row_of(taken, counted, k)}
+        per_second = {name: counted[name] / statistics.median(times) for name, times in taken.items()}
+        row["teraflops"] = {name: value / 1e12 for name, value in per_second.items()}
+        row["share_of_products"] = {name: per_second[name] / per_second["products"] for name in works}
+        alone = case.one_at_a_time(drm)
+        row["minus_one_at_a_time"] = {
+            name: (works[name]() - alone).abs().max().item() for name in ("shared", *compiled)
+        }
+        if device.type == "cuda":
+            row["peak_bytes"] = {name: peak_memory(works[name]) for name in ("naive", "shared")}
+        rows.append(row)
+        tell(f"{size}, k = {k}", row)
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in row["share_of_products"].items())
+        print(f"  operations a second over the products': {shares}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    found["cpu"] = {
+        "machine": platform.machine(),
+        **machine,
+        **demo_rows(args.model, args.prompts, args.rounds),
+    }
+    if torch.cuda.is_available():
+        rows = large_rows(sd35_medium_config(), SIZES, TEXT_TOKENS, args.rounds, "cuda")
+        found["gpu"] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+    else:
+        found.setdefault("gpu", "not measured: no GPU was at hand")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
