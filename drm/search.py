@@ -198,6 +198,8 @@ def best_places(keys: Tensor, depth: Tensor | None, keep: int) -> Tensor:
     """
     if depth is not None:
         keys = keys.masked_fill(depth < depth.amax(dim=1, keepdim=True), -torch.inf)
+    if keep == 1:
+        return keys.argmax(dim=1, keepdim=True)
     return keys.sort(dim=1, descending=True, stable=True).indices[:, :keep]
 
 

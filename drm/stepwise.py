@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
+from .candidates import Setup, Step
 from .flow import velocity_from_denoised
-from .race import Race, Setup, Step, best_path, one_branch
+from .race import Race, best_path, one_branch
 from .sde import check_noise_level
 from .search import FULL, Search, branching_plan
 from .trace import Trace, TraceStep
