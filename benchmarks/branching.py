@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from drm import branching
+from drm import branching, noise
 from drm.branching import branch_step, candidate_noise
 from drm.flow import schedule, velocity_from_denoised
 from training.demo.export import load_family
@@ -208,7 +208,7 @@ def torch_noise(shape: tuple[int, ...], batch: int, k: int) -> torch.Tensor:
     counters = torch.arange((shape[0] * shape[1] * shape[2] + 3) // 4)
     item = torch.arange(batch).repeat_interleave(k).unsqueeze(1)
     branch = torch.arange(k).repeat(batch).unsqueeze(1)
-    return branching._normals(counters, torch.tensor([5]), item, branch, 3)
+    return noise._normals(counters, torch.tensor([5]), item, branch, 3)
 
 
 def noise_rows(rounds: int) -> list[dict]:

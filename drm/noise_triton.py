@@ -1,6 +1,6 @@
-"""The noise streams of branching.py inside a Triton kernel: drawn where they are used, never written down.
+"""The noise streams of noise.py inside a Triton kernel: drawn where they are used, never written down.
 
-Philox4x32-10 for the words, Box-Muller for the normals: the integers are branching.py's bit for bit, the
+Philox4x32-10 for the words, Box-Muller for the normals: the integers are noise.py's bit for bit, the
 normals to 1e-6. The library's log, sin and cos take any number and would cost half the kernel's time. The
 ones here take what Box-Muller feeds them; their polynomials were fitted to the least largest error on the
 ranges they name.

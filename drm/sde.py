@@ -21,6 +21,7 @@ run's own schedule (`sigma_max`) stands in for sigma there, which makes the firs
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,26 @@ def check_sigmas(sigma: Tensor, sigma_next: Tensor, sigma_max: Tensor, kind: str
         raise ValueError("a step from sigma 1 needs sigma_max, the schedule's next sigma, below 1")
 
 
+def _as_numbers(sigmas: tuple[float | Tensor, ...]) -> list[np.float32] | None:
+    """The sigmas where no device need be asked for them: float32 numbers cost a CPU less than tensors."""
+    if any(isinstance(s, Tensor) and (s.ndim > 0 or s.device.type != "cpu") for s in sigmas):
+        return None
+    return [np.float32(float(sigma)) for sigma in sigmas]
+
+
+def _sde_by_numbers(
+    x: Tensor, velocity: Tensor, sigmas: list[np.float32], noise_level: float
+) -> tuple[Tensor, Tensor]:
+    """`_sde_transition` of one sigma below 1 for all, operation by operation in the same float32."""
+    sigma, sigma_next = sigmas
+    dt = sigma_next - sigma
+    g_squared = np.float32(noise_level**2) * sigma / (1 - sigma)
+    drift = g_squared / (2 * sigma)
+    mean = x * float(1 + drift * dt) + velocity * float(1 + drift * (1 - sigma)) * float(dt)
+    variance = torch.full((1,) * x.ndim, float(g_squared * -dt), device=x.device)
+    return mean, torch.sqrt(variance)
+
+
 def _sde_transition(
     x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -97,6 +118,9 @@ def transition(
     """Mean (..., C, H, W) and std of the Gaussian that the step draws from; see `sde_step`."""
     check_noise_level(noise_level, kind)
     x, velocity = latents.float(), velocity.float()
+    numbers = _as_numbers((sigma, sigma_next))
+    if kind == "sde" and numbers and 0 <= numbers[1] <= numbers[0] < NEARLY_ONE and numbers[0] > 0:
+        return _sde_by_numbers(x, velocity, numbers, noise_level)
     sigma, sigma_next = expand_sigma(sigma, x), expand_sigma(sigma_next, x)
     sigma_max = sigma_next if sigma_max is None else expand_sigma(sigma_max, x)
     check_sigmas(sigma, sigma_next, sigma_max, kind)

@@ -1,4 +1,4 @@
-"""The noise streams: known-answer vectors, dependence on their address alone, and their distribution."""
+"""Branching and its noise: known-answer vectors, dependence on the address alone, and the distribution."""
 
 import math
 import sys
@@ -9,7 +9,6 @@ import torch
 from drm.branching import (
     _check_at_hand,
     _kernel,
-    _normals,
     branch_candidates,
     branch_noise,
     branch_step,
@@ -18,6 +17,7 @@ from drm.branching import (
     uint_to_uniform,
     uniform_pair_to_normal,
 )
+from drm.noise import _normals
 from drm.sde import log_prob_from_squared, transition, transition_log_prob
 
 SHAPE = (16, 8, 6)
@@ -209,6 +209,17 @@ def test_step_gives_any_branch_s_state_in_float32():
         assert torch.equal(half.state(torch.tensor(branch)), expected)
     several = half.state(torch.tensor([1, 2, 3]), rows=torch.tensor([1, 1, 0]))
     assert torch.equal(several, whole.scored[torch.tensor([1, 1, 0]), torch.tensor([1, 2, 3])])
+
+
+@pytest.mark.parametrize("size", [(1, 2, 5), (16, 16, 16), (16, 64, 64)])
+def test_one_branch_s_noise_is_the_same_drawn_ahead(size):
+    """In any order of steps, batches and branches, up to the last step there is."""
+    x = torch.zeros(2, *size)
+    for step in (0, 1, 9, 3, 8, 2**32 - 1):
+        for items, branch in (([0, 1], 0), ([5, 1], 0), ([0, 1], 3)):
+            drawn = branch_step(x, x, 0.8, 0.6, seed=4, step=step, items=items, branches=[branch])
+            noise = candidate_noise(size, 4, step, items, [branch])
+            assert torch.equal(drawn.scored, drawn.std.unsqueeze(1) * noise)
 
 
 def test_step_refuses_what_it_cannot_mean():
