@@ -1,11 +1,14 @@
 """A trace as a picture, drawn with Pillow alone, which ComfyUI brings along.
 
-One dot a candidate, steps from left to right, sigma_next below; the winners joined by a line. Steps that did
-not branch leave a gap. Drawn at twice the size and scaled down, which smooths edges and letters.
+One dot a candidate, steps from left to right, sigma_next below; the winners joined by a line. Steps that
+scored nothing are shaded and the line crosses them thinly. Rings: candidates given up at an earlier depth of
+the reward model, whose scores are not quite the others'; red rings: a beam's other paths. Drawn at twice the
+size and scaled down, which smooths edges and letters.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +19,17 @@ if TYPE_CHECKING:
 RAW, RELATIVE = "as given", "above the step's mean"
 OVERSAMPLE = 2
 PAPER, INK, GRID, CANDIDATE, CHOSEN = "#ffffff", "#333333", "#e4e4e4", "#9db4cc", "#d1495b"
+UNSCORED, CROSSING = "#f6f6f6", "#e8a4ad"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of one picture: its scores, which of them are at full depth, who won, who else was kept."""
+
+    scores: list[float]
+    whole: list[bool]
+    winner: int
+    kept: list[int]
 
 
 @dataclass(frozen=True)
@@ -37,31 +51,40 @@ class Axes:
         return self.bottom - (score - self.low) / (self.high - self.low) * (self.bottom - self.top)
 
 
-def item_scores(trace: "Trace", item: int, relative: bool) -> list[list[float] | None]:
-    """Every step's candidate scores of one batch item, None where the step did not branch."""
+def item_rows(trace: "Trace", item: int, relative: bool) -> list[Row | None]:
+    """Every step of one batch item, None where nothing was scored for it; relative: to the step's mean."""
     batch = len(trace.item_ids)
     if not 0 <= item < batch:
         raise ValueError(
             f"item is {item}: the trace holds {batch} picture(s), give a number from 0 to {batch - 1}"
         )
-    rows = [None if step.scores is None else step.scores[item] for step in trace.steps]
-    if not relative:
-        return rows
-    return [None if row is None else [score - sum(row) / len(row) for score in row] for row in rows]
+    rows: list[Row | None] = []
+    for step in trace.steps:
+        scores = step.scores[item] if step.scores is not None else []
+        if not scores:
+            rows.append(None)
+            continue
+        depth = step.depth[item] if step.depth else [0] * len(scores)
+        whole = [blocks == max(depth) for blocks in depth]
+        compared = [score for score, deepest in zip(scores, whole, strict=True) if deepest]
+        zero = sum(compared) / len(compared) if relative else 0.0
+        kept = step.kept[item] if step.kept else []
+        rows.append(Row([score - zero for score in scores], whole, step.winner[item], kept))
+    return rows
 
 
 def draw_trace(
     trace: "Trace", item: int = 0, relative: bool = False, size: tuple[int, int] = (768, 432)
 ) -> Image.Image:
     """The plot of one batch item, an RGB picture of `size` (width, height)."""
-    rows = item_scores(trace, item, relative)
+    rows = item_rows(trace, item, relative)
     width, height = (OVERSAMPLE * length for length in size)
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     unit = min(width / 768, height / 432)
     font = ImageFont.load_default(size=13.5 * unit)
     draw.text((16 * unit, 12 * unit), _title(trace, item, relative), INK, font=font)
-    flat = [score for row in rows if row is not None for score in row]
+    flat = [score for row in rows if row is not None for score in row.scores]
     if not flat:
         message = "No step branched: there are no scores to plot."
         draw.text((width / 2, height / 2), message, INK, font=font, anchor="mm")
@@ -76,8 +99,9 @@ def draw_trace(
         low=min(flat) - margin,
         high=max(flat) + margin,
     )
+    _shade_unscored(draw, axes, rows)
     _draw_grid(draw, axes, trace, unit, font)
-    _draw_scores(draw, axes, rows, [step.winner[item] for step in trace.steps], unit)
+    _draw_scores(draw, axes, rows, unit)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -86,7 +110,7 @@ def _title(trace: "Trace", item: int, relative: bool) -> str:
     return (
         f"{what}   |   picture {trace.item_ids[item]}, seed {trace.seed},"
         f" {trace.num_branches} branches,"
-        f" {trace.kind} {trace.noise_level:g}"
+        f" {trace.kind} {trace.noise_level:g}" + ("" if trace.preset == "custom" else f", {trace.preset}")
     )
 
 
@@ -123,23 +147,29 @@ def _draw_grid(
     )
 
 
-def _draw_scores(
-    draw: ImageDraw.ImageDraw, axes: Axes, rows: list[list[float] | None], winners: list[int], unit: float
-) -> None:
-    def dot(x: float, y: float, radius: float, colour: str) -> None:
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-
-    path: list[tuple[float, float]] = []
+def _shade_unscored(draw: ImageDraw.ImageDraw, axes: Axes, rows: list[Row | None]) -> None:
     for i, row in enumerate(rows):
         if row is None:
-            path = []
-            continue
-        for score in row:
-            dot(axes.x(i), axes.y(score), 3.5 * unit, CANDIDATE)
-        point = axes.x(i), axes.y(row[winners[i]])
-        if path:
-            draw.line([path[-1], point], CHOSEN, width=round(2 * unit))
-        path.append(point)
-    for i, row in enumerate(rows):
-        if row is not None:
-            dot(axes.x(i), axes.y(row[winners[i]]), 4.5 * unit, CHOSEN)
+            draw.rectangle([axes.x(i - 0.5), axes.top, axes.x(i + 0.5), axes.bottom], UNSCORED)
+
+
+def _draw_scores(draw: ImageDraw.ImageDraw, axes: Axes, rows: list[Row | None], unit: float) -> None:
+    def dot(x: float, y: float, radius: float, colour: str, ring: bool = False) -> None:
+        box = [x - radius, y - radius, x + radius, y + radius]
+        draw.ellipse(box, fill=PAPER if ring else colour, outline=colour, width=max(1, round(1.5 * unit)))
+
+    scored = [(i, row) for i, row in enumerate(rows) if row is not None]
+    for i, row in scored:
+        for place, (score, whole) in enumerate(zip(row.scores, row.whole, strict=True)):
+            colour = CHOSEN if place in row.kept else CANDIDATE
+            dot(axes.x(i), axes.y(score), 3.5 * unit, colour, ring=not whole or place in row.kept)
+    path = [(i, axes.x(i), axes.y(row.scores[row.winner])) for i, row in scored]
+    for (i, *start), (j, *end) in pairwise(path):
+        next_door = j == i + 1
+        draw.line(
+            [tuple(start), tuple(end)],
+            CHOSEN if next_door else CROSSING,
+            width=round((2 if next_door else 1) * unit),
+        )
+    for _, x, y in path:
+        dot(x, y, 4.5 * unit, CHOSEN)

@@ -169,6 +169,14 @@ def test_start_up_imports_neither_diffusers_nor_transformers(startup):
     assert startup["count"] == len(NODES)
     foreign = {name.partition(".")[0] for name in startup["new"]} - {"pack"}
     assert not foreign & {"diffusers", "transformers", "tokenizers", "matplotlib", "peft", "accelerate"}
+    # What ComfyUI has loaded anyway costs nothing; beyond that, Python's own modules at most.
+    assert foreign <= set(sys.stdlib_module_names)
+
+
+def test_start_up_leaves_the_core_for_later(startup):
+    """Reward models, their blocks, the search and the CUDA kernels are imported when a node runs."""
+    core = {name.removeprefix("pack.drm.") for name in startup["new"] if name.startswith("pack.drm.")}
+    assert not core & {"model", "backbone", "prepared", "scoring", "stepwise", "search", "branching_triton"}
 
 
 def test_start_up_is_quick(startup):

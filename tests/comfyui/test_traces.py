@@ -96,10 +96,47 @@ def test_plot_places_scores_where_the_axes_say(inside):
 
 
 def test_scores_above_the_mean(inside, drawn):
-    item_scores = inside.pack.module("nodes.trace_picture").item_scores
-    for row in item_scores(drawn[1], 0, True)[:-1]:
-        assert sum(row) == pytest.approx(0, abs=1e-6)
-    assert item_scores(drawn[1], 0, False)[-1] is None
+    item_rows = inside.pack.module("nodes.trace_picture").item_rows
+    for row in item_rows(drawn[1], 0, True)[:-1]:
+        assert sum(row.scores) == pytest.approx(0, abs=1e-6)
+    assert item_rows(drawn[1], 0, False)[-1] is None
+
+
+@pytest.fixture
+def uneven(inside):
+    """A beam of two pictures: the second rests at step 1 and gave candidates up early at step 0."""
+    module = inside.pack.module("drm.trace")
+    steps = [
+        module.TraceStep(
+            1.0, 0.8, [[1.0, 2.0, 3.0], [9.0, 1.0, 2.0]], [2, 2], [[2, 0], [2, 1]], [[3, 3, 3], [1, 3, 3]]
+        ),
+        module.TraceStep(0.8, 0.4, [[4.0, 5.0], []], [1, 0], [[1, 0], [0, 0]], [[3, 3], []]),
+        module.TraceStep(0.4, 0.0, [[6.0, 7.0], [8.0, 7.0]], [1, 0]),
+    ]
+    return module.Trace(3, 0.7, "sde", 5, 0.0, 1.0, 1.0, [0, 1], steps, preset="thorough")
+
+
+def test_rows_of_a_run_that_searched(inside, uneven):
+    picture = inside.pack.module("nodes.trace_picture")
+    first, rested, last = picture.item_rows(uneven, 1, relative=True)
+    assert first == picture.Row([7.5, -0.5, 0.5], [False, True, True], 2, [2, 1])
+    assert rested is None
+    assert last == picture.Row([0.5, -0.5], [True, True], 0, [])
+    assert picture.item_rows(uneven, 0, relative=False)[1].scores == [4.0, 5.0]
+
+
+def test_plot_of_a_run_that_searched(inside, uneven):
+    draw = inside.pack.module("nodes.trace_picture").draw_trace
+    whole, rested = (draw(uneven, item, False, (900, 500)) for item in (0, 1))
+    shade = (0xF6, 0xF6, 0xF6)
+    counts = [
+        {colour: count for count, colour in drawn.getcolors(1 << 20)}.get(shade, 0)
+        for drawn in (whole, rested)
+    ]
+    # Letters have such pixels at their edges; a shaded step is a third of the plot.
+    assert counts[0] < 500
+    assert counts[1] > 60_000
+    assert chosen_pixels(whole) > chosen_pixels(rested) > 50
 
 
 def test_ticks_are_round_numbers_inside_the_range(inside):
