@@ -71,19 +71,19 @@ def all_ways() -> list[Way]:
     ways += [Way(name=f"k = {k}", k=k, naive=True) for k in (1, 2, 4, 6)]
     ways += [
         Way(name="k = 4, shared", k=4),
-        Way(name="k = 4, shared, early exit", k=4, search=Search()),
-        Way(name="k = 4, window 0.5", k=4, end=0.5, search=Search()),
-        Way(name="k = 4, window 0.5, falling to 2", k=4, end=0.5, search=Search(last_branches=2)),
-        Way(name="k = 4, window 0.5, every 2nd", k=4, end=0.5, search=Search(stride=2)),
-        Way(name="k = 4, skip below 0.25", k=4, search=Search(skip_below=0.25)),
-        Way(name="k = 4, good enough 0.9", k=4, search=Search(good_enough=0.9)),
+        Way(name="k = 4, early exit", k=4, search=Search()),
+        Way(name="k = 4, first half", k=4, end=0.5, search=Search()),
+        Way(name="k = 4, middle", k=4, start=0.3, end=0.8, search=Search()),
+        Way(name="k = 4, every 2nd", k=4, search=Search(stride=2)),
+        Way(name="k = 4 falling to 2", k=4, search=Search(last_branches=2)),
+        Way(name="k = 4, skip below 0.1", k=4, search=Search(skip_below=0.1)),
+        Way(name="k = 4, good enough 0.8", k=4, search=Search(good_enough=0.8)),
+        Way(name="k = 8, every 4th", k=8, search=Search(stride=4)),
     ]
     ways += [Way(name=f"best of {n}", runs=n) for n in (2, 3, 4)]
     ways += [
-        Way(name="softmax 0.5", k=4, search=Search(choice="softmax", temperature=0.5)),
-        Way(name="beam of 2, window 0.5", k=4, end=0.5, search=Search(paths=2, beam_end=0.5)),
-        Way(name="beam of 2", k=4, search=Search(paths=2)),
-        Way(name="k = 8, window 0.3", k=8, end=0.3, search=Search()),
+        Way(name="softmax 0.5, every 3rd", k=4, search=Search(choice="softmax", temperature=0.5, stride=3)),
+        Way(name="beam of 2, first half", k=4, end=0.5, search=Search(paths=2, beam_end=0.5)),
     ]
     return ways + [from_preset(name) for name in PRESETS]
 
