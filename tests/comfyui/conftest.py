@@ -5,19 +5,16 @@ def test_page(page):         ... page.open_workflow("workflows/x.json") ...   # 
 def test_inside(pack):       ... pack.module("nodes.adapters") ...          # ComfyUI in this process
 """
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from tests.comfyui.inside import Inside
 from tests.comfyui.page import ComfyPage, open_page
 from tests.tiny import DemoFiles, build_demo_family
-from tools.comfy_server import COMFYUI, ROOT, ComfyServer
+from tools.comfy_inside import Pack, load_pack
+from tools.comfy_server import ComfyServer
 
 FAMILY = ("checkpoints", "text_encoders", "drm")
 
@@ -53,36 +50,10 @@ def page(server: ComfyServer) -> Iterator[ComfyPage]:
         yield page
 
 
-class Pack:
-    """This pack, imported in this process the way ComfyUI imports it."""
-
-    def __init__(self) -> None:
-        self.name = str(ROOT).replace(".", "_x_")
-        spec = importlib.util.spec_from_file_location(self.name, ROOT / "__init__.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[self.name] = module
-        spec.loader.exec_module(module)
-
-    def module(self, name: str) -> ModuleType:
-        """A module of the pack: "nodes.adapters", "drm.model" (not the same objects as `import drm`)."""
-        return importlib.import_module(f"{self.name}.{name}")
-
-
 @pytest.fixture(scope="session")
 def pack() -> Pack:
     """ComfyUI on this process's sys.path, on the CPU, and the pack loaded into it; no server."""
-    sys.path.insert(0, str(COMFYUI))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args  # reads sys.argv
-
-        importlib.import_module("utils.extra_config")  # first, as in main.py: later `utils` is comfy/utils.py
-    finally:
-        sys.argv = arguments
-    return Pack()
+    return load_pack()
 
 
 @pytest.fixture(scope="session")
