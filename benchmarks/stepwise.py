@@ -245,6 +245,15 @@ def describe(way: Way) -> dict:
     return settings | {"search": way.search.as_dict()}
 
 
+def merged(before: list[dict], rows: list[dict]) -> list[dict]:
+    """Earlier rows with those of the same name replaced; each one's ratios are to plain sampling in its own
+    run.
+    """
+    new = {found["way"]: found for found in rows}
+    kept = [new.pop(found["way"], found) for found in before]
+    return kept + list(new.values())
+
+
 def default_k4(rows: list[dict]) -> dict[str, float]:
     """The node's default against greedy k = 4 at every step."""
     by_name = {found["way"]: found for found in rows}
@@ -268,6 +277,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="only these; plain is always there")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the other ways' rows that --out has already"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change branching ways")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stepwise.json"))
     args = parser.parse_args()
@@ -283,6 +295,8 @@ def main() -> None:
     ]
     setting = Setting(steps=args.steps, cfg=args.cfg, batch=args.batch)
     rows = run(Bench(family, fast, setting), prompts, ways, args.seeds)
+    if args.keep:
+        rows = merged(json.loads(args.out.read_text())["rows"], rows)
     report = {
         "setting": dataclasses.asdict(setting),
         "prompts": len(prompts),
@@ -291,7 +305,7 @@ def main() -> None:
         "device": "CPU, 2 cores",
         "rows": rows,
     }
-    if {"balanced", "k = 4"} <= {way.name for way in ways}:
+    if {"balanced", "k = 4"} <= {found["way"] for found in rows}:
         report["default_k4"] = default_k4(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(args.out, lambda temporary: temporary.write_text(json.dumps(report, indent=1)))

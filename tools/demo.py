@@ -45,7 +45,7 @@ PROMPTS = (
 BRANCHES = (1, 2, 4, 6)
 SEEDS_EACH = 3
 SEED, STEPS, CFG = 7, 20, 1.5
-WINDOW_END = 0.5  # as in the bundled graphs: EXPERIMENTS.md tells why
+WINDOW_END = 0.5  # late noise softens pictures at 20 steps, see EXPERIMENTS.md
 CELL, LABEL, LEFT = 150, 36, 150
 
 

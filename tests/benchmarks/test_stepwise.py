@@ -46,6 +46,12 @@ def test_the_default_is_compared_with_greedy_at_every_step():
     assert (found["judge_gain"], found["full_judge_gain"]) == (0.04, 0.05)
 
 
+def test_rows_of_another_run_replace_their_namesakes():
+    before = [{"way": "plain", "x": 1}, {"way": "fast", "x": 2}]
+    found = stepwise.merged(before, [{"way": "fast", "x": 3}, {"way": "slow", "x": 4}])
+    assert found == [{"way": "plain", "x": 1}, {"way": "fast", "x": 3}, {"way": "slow", "x": 4}]
+
+
 def test_ways_have_names_of_their_own_and_begin_with_plain_sampling():
     names = [way.name for way in all_ways()]
     assert len(set(names)) == len(names)
