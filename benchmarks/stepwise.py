@@ -277,9 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="only these; plain is always there")
-    parser.add_argument(
-        "--keep", action="store_true", help="keep the other ways' rows that --out has already"
-    )
+    parser.add_argument("--keep", action="store_true", help="keep other ways of --out's rows")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change branching ways")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stepwise.json"))
     args = parser.parse_args()

@@ -99,7 +99,7 @@ def test_a_small_table_has_a_row_for_every_way(bench):
         Way(name="plain"),
         Way(name="k = 2", k=2, naive=True),
         Way(name="shared", k=2),
-        Way(name="beam", k=2, search=Search(paths=2)),
+        Way(name="beam", k=2, search=Search(paths=2, early_exit=False)),
         Way(name="best of 2", runs=2),
     ]
     rows = stepwise.run(bench, fresh_prompts(bench.family, 2), ways, 2)
