@@ -51,8 +51,15 @@ def compare(runs: dict[tuple[str, int], list[dict]]) -> dict[str, dict]:
             **{f"{n}_saved": baseline[-1][n] / at[n] for n in ("updates", "passes", "seconds") if at[n]},
             "judge_change": at["judge"] - rows[0]["judge"],
             "diversity_change": at["diversity"] / rows[0]["diversity"] - 1,
+            **dict(zip(("best_judge", "best_at"), best_judge(rows), strict=True)),
         }
     return found
+
+
+def best_judge(rows: list[dict]) -> tuple[float, float]:
+    """The judge's largest gain on the way, and the reward there: over-optimisation begins behind it."""
+    best = max(rows, key=lambda row: row["judge"])
+    return best["judge"] - rows[0]["judge"], best["drm"]
 
 
 def spread(values: list[float]) -> list[float]:
@@ -109,6 +116,7 @@ def main() -> None:
         print(
             name, {key: [round(v, 3) for v in value] for key, value in table[name].items() if key != "seeds"}
         )
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     runs = {f"{way} {k}": [seed[way, k] for seed in all_runs] for way, k in WAYS}
     used = {f"{way} {k}": rate for (way, k), rate in rates.items()}
     result = {"rates": used, "prompts": args.prompts, "table": table, "runs": runs}
