@@ -68,7 +68,9 @@ def test_a_preset_takes_the_place_of_the_widgets(inside, preset):
     ours, trace = inside.run(preset=preset, num_branches=7, branch_start=0.9, steps=6)
     assert (trace.num_branches, trace.start, trace.end) == (core.num_branches, core.start, core.end)
     assert trace.preset == preset
-    assert trace.steps[0].scores is not None
+    scored = [number for number, step in enumerate(trace.steps) if step.scores is not None]
+    assert scored == [number for number in range(5) if core.start <= number / 6 < core.end]
+    assert scored
     dropped = inside.pack.module("drm.search").fit_to_scorer(core.search, None)[0]
     by_hand, _ = inside.run(
         num_branches=core.num_branches, branch_start=core.start, branch_end=core.end, search=dropped, steps=6
