@@ -32,5 +32,5 @@ format: env ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: env ## the tables of README and EXPERIMENTS, about 7 minutes (ARGS="--end 0.5")
+bench: env ## the table of the README, about 20 minutes (ARGS="--prompts 50 --ways balanced")
 	@$(RUN) -m benchmarks.stepwise $(ARGS)
