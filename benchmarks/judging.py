@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from training.demo import data, text
 from training.demo.autoencoder import to_float
+from training.demo.classifier import shrink
 from training.demo.data import STYLES, read_concepts
 from training.demo.export import Family
-from training.demo.judge import judge_pictures, shrink
+from training.demo.judge import judge_pictures
 from training.demo.pairs import held_out_concepts
 from training.loop import bfloat16_autocast
 

@@ -23,30 +23,9 @@ from torch.nn import functional as F
 
 from training.demo import data
 from training.demo.autoencoder import to_float
-from training.loop import LoopConfig, bfloat16_autocast, train
+from training.demo.classifier import Icons, Residual, accuracy, shrink, train_classifier
 
 WIDTHS = (32, 64, 96, 192)
-PIXELS = 64
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions with batch norm around a shortcut; the first may halve the resolution."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.skip = (
-            nn.Conv2d(width_in, width, 1, stride, bias=False)
-            if stride > 1 or width_in != width
-            else nn.Identity()
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(hidden + self.skip(x))
 
 
 class Judge(nn.Module):
@@ -64,11 +43,6 @@ class Judge(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.out(self.features(pictures))
-
-
-def shrink(pictures: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, 3, 64, 64)."""
-    return F.interpolate(pictures, size=(PIXELS, PIXELS), mode="bilinear", antialias=True)
 
 
 def load_judge(path: Path) -> tuple[Judge, list[str]]:
@@ -91,33 +65,6 @@ def judge_pictures(
     return found[:, 0], (probabilities > found).sum(1) + 1
 
 
-def augment(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random affine, gains and offsets of the channels, blur, noise and a grey patch: (B, 3, H, W) -> the
-    same.
-    """
-    batch = len(pictures)
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return low + (high - low) * torch.rand(batch, *shape, generator=rng)
-
-    angle, scale = uniform(-0.3, 0.3), uniform(0.85, 1.3)
-    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    rows = torch.stack([cos * flip, -sin, uniform(-0.15, 0.15), sin * flip, cos, uniform(-0.15, 0.15)], 1)
-    where = F.affine_grid(rows.reshape(batch, 2, 3), list(pictures.shape), align_corners=False)
-    out = F.grid_sample(pictures - 1, where, align_corners=False) + 1  # outside the icon is white
-    out = out * uniform(0.7, 1.1, 3, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)
-    blurred = F.avg_pool2d(out, 3, 1, 1)
-    out = torch.lerp(out, blurred, uniform(0, 1, 1, 1, 1))
-    out = out + uniform(0, 0.15, 1, 1, 1) * torch.randn(out.shape, generator=rng)
-    grid = torch.arange(PIXELS) / PIXELS
-    top, left, size = uniform(0, 1, 1), uniform(0, 1, 1), uniform(0, 0.35, 1)
-    hole = ((grid > top) & (grid < top + size))[:, :, None] & ((grid > left) & (grid < left + size))[
-        :, None, :
-    ]
-    return out.masked_fill(hole[:, None], 0.0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
@@ -128,42 +75,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     demo = data.load(args.data)
-    icons = np.flatnonzero(demo.concept >= 0)
-    pictures = torch.cat([shrink(to_float(part)) for part in np.array_split(demo.images[icons], 16)])
-    labels, held_out = torch.from_numpy(demo.concept[icons]), torch.from_numpy(demo.held_out[icons])
-    pool = data.indices(~held_out)
-    judge = Judge(len(demo.names)).to(memory_format=torch.channels_last)
-
-    def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        picked = pool[torch.randint(len(pool), (args.batch,), generator=rng)]
-        batch = augment(pictures[picked], rng).contiguous(memory_format=torch.channels_last)
-        with bfloat16_autocast(batch.device):
-            logits = judge(batch)
-        right = (logits.argmax(1) == labels[picked]).float().mean().item()
-        return F.cross_entropy(logits.float(), labels[picked], label_smoothing=0.05), {"accuracy": right}
-
-    figures: dict[str, float] = {}
-
-    def on_save(step: int, averaged: torch.nn.Module) -> None:
-        # batch norm's statistics are buffers: the averaged weights need their own
-        averaged.load_state_dict(
-            {k: v for k, v in judge.state_dict().items() if "running" in k or "num_batches" in k},
-            strict=False,
-        )
-        with torch.no_grad():
-            right = averaged(pictures[held_out]).argmax(1) == labels[held_out]
-            seen = averaged(pictures[pool]).argmax(1) == labels[pool]
-        figures.update(
-            step=step,
-            held_out_accuracy=right.float().mean().item(),
-            train_accuracy=seen.float().mean().item(),
-        )
-        print(f"\nstep {step}: {figures}", flush=True)
-
-    config = LoopConfig(
-        steps=args.steps, learning_rate=2e-3, decay=0.01, weight_decay=0.05, ema=0.99, save_every=500
+    icons = Icons.of(demo)
+    judge = Judge(len(demo.names))
+    averaged, figures = train_classifier(
+        judge, icons, args.out, name="judge", steps=args.steps, batch=args.batch, seed=0
     )
-    averaged = train(judge, loss_fn, config, args.out, name="judge", on_save=on_save)
+    figures["train_accuracy"] = accuracy(averaged, icons, ~icons.held_out)
     state = averaged.state_dict()
     weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     header = {"format": "drm-demo-judge", "concepts": json.dumps(demo.names), "figures": json.dumps(figures)}

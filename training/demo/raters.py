@@ -23,8 +23,7 @@ from torch.nn import functional as F
 
 from training.demo import data
 from training.demo.autoencoder import to_float
-from training.demo.judge import Residual, augment, shrink
-from training.loop import LoopConfig, bfloat16_autocast, train
+from training.demo.classifier import Icons, Residual, shrink, train_classifier
 
 NAMES = ("mixer", "wide", "plain")
 # A rater that is surely wrong is no more against a picture than this: one vote must not decide alone.
@@ -96,44 +95,15 @@ def log_probabilities(raters: list[nn.Module], pictures: np.ndarray, batch: int 
     return torch.cat(parts)
 
 
-def train_rater(name: str, demo: data.DemoData, out: Path, steps: int, batch: int) -> dict[str, float]:
+def train_rater(
+    name: str, icons: Icons, concepts: int, out: Path, steps: int, batch: int
+) -> dict[str, float]:
     """One rater's training; its file is <name>.safetensors. Returns its figures."""
     seed = 101 + NAMES.index(name)
     torch.manual_seed(seed)
-    icons = np.flatnonzero(demo.concept >= 0)
-    pictures = torch.cat([shrink(to_float(part)) for part in np.array_split(demo.images[icons], 16)])
-    labels, held_out = torch.from_numpy(demo.concept[icons]), torch.from_numpy(demo.held_out[icons])
-    pool = data.indices(~held_out)
-    rater = build_rater(name, len(demo.names)).to(memory_format=torch.channels_last)
-
-    def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        picked = pool[torch.randint(len(pool), (batch,), generator=rng)]
-        seen = augment(pictures[picked], rng).contiguous(memory_format=torch.channels_last)
-        with bfloat16_autocast(seen.device):
-            logits = rater(seen)
-        right = (logits.argmax(1) == labels[picked]).float().mean().item()
-        return F.cross_entropy(logits.float(), labels[picked], label_smoothing=0.05), {"accuracy": right}
-
-    figures: dict[str, float] = {}
-
-    def on_save(step: int, averaged: torch.nn.Module) -> None:
-        buffers = {k: v for k, v in rater.state_dict().items() if "running" in k or "num_batches" in k}
-        averaged.load_state_dict(buffers, strict=False)
-        with torch.no_grad():
-            right = averaged(pictures[held_out]).argmax(1) == labels[held_out]
-        figures.update(step=step, held_out_accuracy=right.float().mean().item())
-        print(f"\n{name}, step {step}: {figures}", flush=True)
-
-    config = LoopConfig(
-        steps=steps,
-        learning_rate=2e-3,
-        decay=0.01,
-        weight_decay=0.05,
-        ema=0.99,
-        save_every=500,
-        seed=seed,
+    averaged, figures = train_classifier(
+        build_rater(name, concepts), icons, out, name=name, steps=steps, batch=batch, seed=seed
     )
-    averaged = train(rater, loss_fn, config, out, name=name, on_save=on_save)
     weights = {key: value.contiguous() for key, value in averaged.state_dict().items()}
     save_file(weights, out / f"{name}.safetensors")
     return figures
@@ -148,8 +118,9 @@ def main() -> None:
     parser.add_argument("--only", choices=NAMES, nargs="*", default=list(NAMES))
     args = parser.parse_args()
     demo = data.load(args.data)
+    icons = Icons.of(demo)
     for name in args.only:
-        figures = train_rater(name, demo, args.out, args.steps, args.batch)
+        figures = train_rater(name, icons, len(demo.names), args.out, args.steps, args.batch)
         (args.out / f"{name}.json").write_text(json.dumps(figures))
 
 
