@@ -74,13 +74,7 @@ class Candidates:
 
     scored: Tensor
     std: Tensor
-    _squared: Callable[[], Tensor]
     _state: Callable[[Tensor, Tensor | None], Tensor]
-
-    @property
-    def squared(self) -> Tensor:
-        """(B, k) float32: mean over C, H, W of (x' - mean)^2, which `sde.log_prob_from_squared` needs."""
-        return self._squared()
 
     def state(self, branch: Tensor, rows: Tensor | None = None) -> Tensor:
         """The float32 candidate (n, C, H, W) of branch number branch[i] of batch row rows[i].
@@ -138,9 +132,6 @@ def _twin(
     samples = _add(mean, std, noise, noise_scale)
     position = {number: j for j, number in enumerate(branches)}
 
-    def squared() -> Tensor:
-        return ((samples - mean.unsqueeze(1)) ** 2).mean(dim=tuple(range(2, samples.ndim)))
-
     def drawn_again(row: int, branch: int) -> Tensor:
         own, address = std.expand(len(x), *std.shape[1:])[row], (seed, step, [items[row]], [branch])
         return branch_candidates(mean[row : row + 1], own, *address, noise_scale)[0, 0]
@@ -152,7 +143,7 @@ def _twin(
             return samples[[row for row, _ in places], [position[number] for _, number in places]]
         return torch.stack([drawn_again(row, number) for row, number in places])
 
-    return Candidates(samples.to(dtype), std, squared, state)
+    return Candidates(samples.to(dtype), std, state)
 
 
 def _check_at_hand(x: Tensor, sigmas: tuple[float | Tensor, ...], kind: str) -> None:

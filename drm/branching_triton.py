@@ -2,12 +2,10 @@
 
     mean_i, std_i = sde.py's transition of item i                   read x and velocity once
     x'_ij         = mean_i + std_i * noise_scale * eps(seed, step, item_i, branch_j, element)
-    sums_ijb      = sum over the elements of block b of (std_i * noise_scale * eps)^2
 
 The noise lives in registers only (noise_triton.py). Sigmas are read on the device or come by value, so that
-nothing waits for the host. Sums, of (x' - mean)^2 before x' is rounded, are kept one a block and added up
-afterwards, because atomics would add in a different order every time. The float32 state of a winner is drawn
-a second time from its counters instead of keeping k of them.
+nothing waits for the host. The float32 state of a winner is drawn a second time from its counters instead of
+keeping k of them.
 
 Floating-point contraction is off: both kernels then round as the twin in torch does, and as each other.
 """
@@ -100,7 +98,6 @@ def _candidates_kernel(
     x,
     velocity,
     scored,
-    sums,
     stds,
     items,
     branches,
@@ -147,15 +144,10 @@ def _candidates_kernel(
     item, scale = tl.load(items + row).to(tl.uint32), std * noise_scale
     for j in range(count):
         branch = tl.load(branches + j).to(tl.uint32)
-        noise, squares = noise_of(seed_low, seed_high, step, item, branch, counter)
+        noise = noise_of(seed_low, seed_high, step, item, branch, counter)
         candidate = tl.fma(scale, noise, mean)
         place = row * count + j
         tl.store(scored + place * elements + element, candidate.to(scored.dtype.element_ty), mask=mask)
-        if EVEN:
-            total = tl.sum(squares)
-        else:
-            total = tl.sum(tl.where(mask, noise * noise, 0.0))
-        tl.store(sums + place * tl.num_programs(0) + block, total * scale * scale)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
@@ -205,7 +197,7 @@ def _state_kernel(
         COUNTERS,
     )
     item, branch = tl.load(items + row).to(tl.uint32), tl.load(winners + place).to(tl.uint32)
-    noise, _ = noise_of(seed_low, seed_high, step, item, branch, counter)
+    noise = noise_of(seed_low, seed_high, step, item, branch, counter)
     tl.store(state + place * elements + element, tl.fma(std * noise_scale, noise, mean), mask=mask)
 
 
@@ -269,11 +261,10 @@ def branch_step(
     options |= {"num_warps": WARPS, "enable_fp_fusion": False}
     blocks, count = triton.cdiv(elements, 4 * counters), len(branches)
     scored = torch.empty(batch, count, *x.shape[1:], dtype=dtype, device=device)
-    sums = torch.empty(batch, count, blocks, device=device)
     stds = torch.empty(batch, *[1] * (x.ndim - 1), device=device)
     with torch.cuda.device_of(x):
         _candidates_kernel[(blocks, batch)](
-            x, velocity, scored, sums, stds, items, branches, count, *shared, **options
+            x, velocity, scored, stds, items, branches, count, *shared, **options
         )
 
     def state(branch: Tensor, rows: Tensor | None) -> Tensor:
@@ -285,4 +276,4 @@ def branch_step(
             )
         return drawn
 
-    return Candidates(scored, stds, lambda: sums.sum(dim=-1) / elements, state)
+    return Candidates(scored, stds, state)

@@ -215,7 +215,7 @@ def _draw(
     drawn = branch_step(
         x, velocity, sigma, sigma_next, seed=seed, step=step, items=items, branches=branches, **settled
     )
-    # Not from drawn.squared, which a GPU adds up in another order: the ratio must start at exactly 1.
+    # The transition as the loss computes it, on a GPU too: the ratio must start at exactly 1.
     mean, std = transition(x, velocity, sigma, sigma_next, **settled)
     return drawn.scored, _log_prob(drawn.scored, mean, std, settings.kind)
 

@@ -53,13 +53,12 @@ def _sine_and_cosine(angle):
 
 @triton.jit
 def _normal_pair(bits1, bits2):
-    """Box-Muller: two words to two normals, and the sum of their squares."""
+    """Box-Muller: two words to two normals."""
     u1 = tl.maximum(tl.uint_to_uniform_float(bits1), 1.0e-7)
     sine, cosine, sign = _sine_and_cosine(6.283185307179586 * tl.uint_to_uniform_float(bits2))
-    squares = _minus_two_log(u1)
-    radius = tl.sqrt(squares)
+    radius = tl.sqrt(_minus_two_log(u1))
     radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-    return radius * cosine, radius * sine, squares
+    return radius * cosine, radius * sine
 
 
 @triton.jit
@@ -86,9 +85,8 @@ def philox_words(seed_low, seed_high, step, item, branch, counter):
 
 @triton.jit
 def noise_of(seed_low, seed_high, step, item, branch, counter):
-    """Normals (COUNTERS, 4) of one branch of one item, and each four's sum of squares (COUNTERS,)."""
+    """Normals (COUNTERS, 4) of one branch of one item."""
     i0, i1, i2, i3 = philox_words(seed_low, seed_high, step, item, branch, counter)
-    n0, n1, first = _normal_pair(i0, i1)
-    n2, n3, second = _normal_pair(i2, i3)
-    noise = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (counter.shape[0], 4))
-    return noise, first + second
+    n0, n1 = _normal_pair(i0, i1)
+    n2, n3 = _normal_pair(i2, i3)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (counter.shape[0], 4))

@@ -145,17 +145,6 @@ def transition_log_prob(sample: Tensor, mean: Tensor, std: Tensor, kind: str = "
     return torch.where(noisy, density, -squared).mean(dim=(-3, -2, -1))
 
 
-def log_prob_from_squared(squared: Tensor, std: Tensor, kind: str = "sde") -> Tensor:
-    """`transition_log_prob` from the mean squared distance: squared (B, k), std one per item -> (B, k)."""
-    if kind == "cps":
-        return -squared
-    std = std.reshape(-1, 1)
-    noisy = std > 0
-    safe = torch.where(noisy, std, torch.ones_like(std))
-    density = -squared / (2 * safe**2) - torch.log(safe) - 0.5 * math.log(2 * math.pi)
-    return torch.where(noisy, density, -squared)
-
-
 def sde_step(
     latents: Tensor,
     velocity: Tensor,

@@ -95,7 +95,7 @@ def outcome(drawn: Candidates, case: dict) -> dict[str, torch.Tensor]:
     rows = None if case["rows"] is None else torch.tensor(case["rows"], device=device)
     state = drawn.state(torch.tensor(case["winners"], device=device), rows)
     std = drawn.std.reshape(-1).expand(len(drawn.scored))
-    found = {"scored": drawn.scored, "squared": drawn.squared, "std": std, "state": state}
+    found = {"scored": drawn.scored, "std": std, "state": state}
     return {name: value.cpu() for name, value in found.items()}
 
 

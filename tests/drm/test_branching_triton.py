@@ -14,7 +14,6 @@ import torch
 from drm import branching
 from drm.branching import branch_step, candidate_noise, philox4x32
 from drm.grpo import GRPOSettings, roll_out
-from drm.sde import log_prob_from_squared, transition, transition_log_prob
 from tests.conftest import ROOT
 from tests.drm.branching_cases import ADDRESSES, CASES, COUNTERS, arguments, latents, outcome, words
 
@@ -41,7 +40,6 @@ def check_step(found: dict[str, torch.Tensor], case: dict, interpreted: bool) ->
     close = {"atol": 2e-6, "rtol": 1e-6}
     torch.testing.assert_close(found["state"], twin["state"], **close)
     torch.testing.assert_close(found["std"], twin["std"], **close)
-    torch.testing.assert_close(found["squared"], twin["squared"], **close)
     tolerance = TOLERANCE[case["dtype"]]
     torch.testing.assert_close(found["scored"], twin["scored"], atol=2e-6, rtol=tolerance)
     # The winner's state is the very candidate that was scored.
@@ -124,27 +122,13 @@ def test_the_gpu_draws_with_the_kernel_waits_for_nothing_and_repeats_itself():
     try:
         drawn = [branch_step(x, -x, sigmas[1], sigmas[2], step=1, **address) for _ in range(2)]
         states = [one.state(torch.zeros(3, dtype=torch.long, device="cuda")) for one in drawn]
-        squared = [one.squared for one in drawn]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert branching._kernel(x.device) is not None
     assert torch.equal(drawn[0].scored, drawn[1].scored)
-    assert torch.equal(squared[0], squared[1])
     assert torch.equal(states[0], drawn[0].scored[:, 0])
     alone = branch_step(x[1:2], -x[1:2], sigmas[1], sigmas[2], step=1, **{**address, "items": [1]})
     assert torch.equal(alone.scored[0], drawn[0].scored[1])
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("kind", ["sde", "cps"])
-def test_log_probability_on_the_gpu(kind):
-    x, velocity = torch.randn(2, 2, 16, 32, 32, device="cuda")
-    drawn = branch_step(x, velocity, 0.8, 0.6, seed=1, step=2, items=[0, 1], branches=range(4), kind=kind)
-    mean, std = transition(x, velocity, 0.8, 0.6, kind=kind)
-    expected = transition_log_prob(drawn.scored, mean.unsqueeze(1), std.unsqueeze(1), kind)
-    found = log_prob_from_squared(drawn.squared, drawn.std, kind)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 # The kernels' arguments that are no float32 tensor: "*" for pointers, numbers by value.
