@@ -7,7 +7,8 @@ The noise lives in registers only (noise_triton.py). Sigmas are read on the devi
 nothing waits for the host. The float32 state of a winner is drawn a second time from its counters instead of
 keeping k of them.
 
-Floating-point contraction is off: both kernels then round as the twin in torch does, and as each other.
+Floating-point contraction is off: the kernel then rounds as the twin in torch does, and a state as its
+candidate.
 """
 
 from __future__ import annotations
@@ -55,50 +56,13 @@ def _transition(x, velocity, sigma, sigma_next, sigma_max, level, kept, CPS: tl.
     return mean, std
 
 
-@triton.jit
-def _mean_of_block(
-    x,
-    velocity,
-    sigma,
-    sigma_next,
-    sigma_max,
-    level,
-    kept,
-    row,
-    block,
-    elements,
-    STRIDE: tl.constexpr,
-    STRIDE_NEXT: tl.constexpr,
-    STRIDE_MAX: tl.constexpr,
-    CPS: tl.constexpr,
-    EVEN: tl.constexpr,
-    COUNTERS: tl.constexpr,
-):
-    """Counters, elements and mask of a block of one row's latent, with its mean and std."""
-    counter = block * COUNTERS + tl.arange(0, COUNTERS)
-    element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
-    # Nothing to mask where whole blocks fill a latent, as they do at the usual sizes.
-    mask = (element < elements) | EVEN
-    place = row * elements + element
-    mean, std = _transition(
-        tl.load(x + place, mask=mask, other=0.0).to(tl.float32),
-        tl.load(velocity + place, mask=mask, other=0.0).to(tl.float32),
-        _sigma_of(sigma, row, STRIDE),
-        _sigma_of(sigma_next, row, STRIDE_NEXT),
-        _sigma_of(sigma_max, row, STRIDE_MAX),
-        level,
-        kept,
-        CPS,
-    )
-    return counter.to(tl.uint32), element, mask, mean, std
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "count"])
+@triton.jit(do_not_specialize=["count", "seed_low", "seed_high", "step"])
 def _candidates_kernel(
     x,
     velocity,
-    scored,
+    drawn,
     stds,
+    rows,
     items,
     branches,
     count,
@@ -119,86 +83,39 @@ def _candidates_kernel(
     EVEN: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
-    """One program: one block of one item's latent, all its branches."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    counter, element, mask, mean, std = _mean_of_block(
-        x,
-        velocity,
-        sigma,
-        sigma_next,
-        sigma_max,
+    """One program: one block of one latent, all its branches.
+
+    rows: None for every row of x, each with the branches (count,); else n rows, with branches (n, count).
+    """
+    block, place = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if rows is None:
+        row = place
+    else:
+        row = tl.load(rows + place).to(tl.int64)
+        branches += place * count
+    counter = block * COUNTERS + tl.arange(0, COUNTERS)
+    element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
+    # Nothing to mask where whole blocks fill a latent, as they do at the usual sizes.
+    mask = (element < elements) | EVEN
+    source = row * elements + element
+    mean, std = _transition(
+        tl.load(x + source, mask=mask, other=0.0).to(tl.float32),
+        tl.load(velocity + source, mask=mask, other=0.0).to(tl.float32),
+        _sigma_of(sigma, row, STRIDE),
+        _sigma_of(sigma_next, row, STRIDE_NEXT),
+        _sigma_of(sigma_max, row, STRIDE_MAX),
         level,
         kept,
-        row,
-        block,
-        elements,
-        STRIDE,
-        STRIDE_NEXT,
-        STRIDE_MAX,
         CPS,
-        EVEN,
-        COUNTERS,
     )
     if block == 0:
-        tl.store(stds + row, std)
+        tl.store(stds + place, std)
     item, scale = tl.load(items + row).to(tl.uint32), std * noise_scale
     for j in range(count):
         branch = tl.load(branches + j).to(tl.uint32)
-        noise = noise_of(seed_low, seed_high, step, item, branch, counter)
-        candidate = tl.fma(scale, noise, mean)
-        place = row * count + j
-        tl.store(scored + place * elements + element, candidate.to(scored.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
-def _state_kernel(
-    x,
-    velocity,
-    state,
-    rows,
-    winners,
-    items,
-    sigma,
-    sigma_next,
-    sigma_max,
-    level,
-    kept,
-    noise_scale,
-    seed_low,
-    seed_high,
-    step,
-    elements,
-    STRIDE: tl.constexpr,
-    STRIDE_NEXT: tl.constexpr,
-    STRIDE_MAX: tl.constexpr,
-    CPS: tl.constexpr,
-    EVEN: tl.constexpr,
-    COUNTERS: tl.constexpr,
-):
-    """One program: one block of the branch winners[i] of row rows[i], in float32."""
-    block, place = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.load(rows + place).to(tl.int64)
-    counter, element, mask, mean, std = _mean_of_block(
-        x,
-        velocity,
-        sigma,
-        sigma_next,
-        sigma_max,
-        level,
-        kept,
-        row,
-        block,
-        elements,
-        STRIDE,
-        STRIDE_NEXT,
-        STRIDE_MAX,
-        CPS,
-        EVEN,
-        COUNTERS,
-    )
-    item, branch = tl.load(items + row).to(tl.uint32), tl.load(winners + place).to(tl.uint32)
-    noise = noise_of(seed_low, seed_high, step, item, branch, counter)
-    tl.store(state + place * elements + element, tl.fma(std * noise_scale, noise, mean), mask=mask)
+        noise = noise_of(seed_low, seed_high, step, item, branch, counter.to(tl.uint32))
+        candidate = tl.fma(scale, noise, mean).to(drawn.dtype.element_ty)
+        tl.store(drawn + (place * count + j) * elements + element, candidate, mask=mask)
 
 
 @functools.lru_cache(maxsize=64)
@@ -253,27 +170,25 @@ def branch_step(
     cps, angle = kind == "cps", noise_level * math.pi / 2
     level, kept = (math.sin(angle), max(math.cos(angle), 0.0)) if cps else (noise_level**2, 0.0)
     address = (signed(seed & 0xFFFFFFFF), signed(seed >> 32), signed(step))
-    # What both kernels get at the end.
     shared = (*sigmas, float(level), kept, float(noise_scale), *address, elements)
     counters = counters_of(elements)
     options = dict(zip(("STRIDE", "STRIDE_NEXT", "STRIDE_MAX"), strides, strict=True))
     options |= {"CPS": cps, "EVEN": elements % (4 * counters) == 0, "COUNTERS": counters}
     options |= {"num_warps": WARPS, "enable_fp_fusion": False}
-    blocks, count = triton.cdiv(elements, 4 * counters), len(branches)
-    scored = torch.empty(batch, count, *x.shape[1:], dtype=dtype, device=device)
-    stds = torch.empty(batch, *[1] * (x.ndim - 1), device=device)
-    with torch.cuda.device_of(x):
-        _candidates_kernel[(blocks, batch)](
-            x, velocity, scored, stds, items, branches, count, *shared, **options
-        )
+    blocks = triton.cdiv(elements, 4 * counters)
+
+    def draw(rows: Tensor | None, branches: Tensor, places: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        count = branches.shape[-1]
+        drawn = torch.empty(places, count, *x.shape[1:], dtype=dtype, device=device)
+        stds = torch.empty(places, *[1] * (x.ndim - 1), device=device)
+        with torch.cuda.device_of(x):
+            _candidates_kernel[(blocks, places)](
+                x, velocity, drawn, stds, rows, items, branches, count, *shared, **options
+            )
+        return drawn, stds
 
     def state(branch: Tensor, rows: Tensor | None) -> Tensor:
         rows = _on_device(tuple(range(batch)), device) if rows is None else rows.to(device)
-        drawn = torch.empty(len(branch), *x.shape[1:], device=device)
-        with torch.cuda.device_of(x):
-            _state_kernel[(blocks, len(branch))](
-                x, velocity, drawn, rows, branch.to(device), items, *shared, **options
-            )
-        return drawn
+        return draw(rows, branch.to(device).unsqueeze(1), len(branch), torch.float32)[0][:, 0]
 
-    return Candidates(scored, stds, state)
+    return Candidates(*draw(None, branches, batch, dtype), state)

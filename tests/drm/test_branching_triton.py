@@ -131,31 +131,31 @@ def test_the_gpu_draws_with_the_kernel_waits_for_nothing_and_repeats_itself():
     assert torch.equal(alone.scored[0], drawn[0].scored[1])
 
 
-# The kernels' arguments that are no float32 tensor: "*" for pointers, numbers by value.
+# The kernel's arguments that are no float32 tensor: "*" for pointers, numbers by value.
 TYPES = {
     **dict.fromkeys(("level", "kept", "noise_scale"), "fp32"),
     **dict.fromkeys(("count", "seed_low", "seed_high", "step", "elements"), "i32"),
-    **dict.fromkeys(("items", "branches", "rows", "winners"), "*i64"),
+    **dict.fromkeys(("items", "branches", "rows"), "*i64"),
     **dict.fromkeys(("STRIDE", "STRIDE_NEXT", "STRIDE_MAX", "CPS", "EVEN", "COUNTERS"), "constexpr"),
-    "scored": "*bf16",
 }
 
 
-def compiled(kernel, capability: int, cps: bool, counters: int):
-    """A kernel for an NVIDIA GPU that need not be there, by the compiler that comes with Triton."""
+def compiled(capability: int, cps: bool, counters: int, types: dict[str, str]):
+    """The kernel for an NVIDIA GPU that need not be there, by the compiler that comes with Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from drm.branching_triton import WARPS
+    from drm.branching_triton import WARPS, _candidates_kernel
 
-    names = kernel.arg_names
-    signature = {name: TYPES.get(name, "*fp32") for name in names}
+    names = _candidates_kernel.arg_names
+    signature = {name: (TYPES | types).get(name, "*fp32") for name in names}
     constants = {"STRIDE": 0, "STRIDE_NEXT": 0, "STRIDE_MAX": 0, "CPS": cps}
     constants |= {"EVEN": True, "COUNTERS": counters}
+    constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
     aligned = [name for name in names if signature[name].startswith("*") or name == "elements"]
     source = ASTSource(
-        fn=kernel,
+        fn=_candidates_kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
@@ -170,10 +170,9 @@ def compiled(kernel, capability: int, cps: bool, counters: int):
 )
 def test_compiles_without_a_gpu_into_wide_reads_and_writes(capability, cps, counters):
     """x and velocity are read once, 16 bytes a thread, and bfloat16 candidates written 8 bytes a thread."""
-    from drm.branching_triton import _candidates_kernel, _state_kernel
-
-    candidates, per_thread = compiled(_candidates_kernel, capability, cps, counters)
-    state, _ = compiled(_state_kernel, capability, cps, counters)
+    step = {"drawn": "*bf16", "rows": "constexpr"}
+    candidates, per_thread = compiled(capability, cps, counters, step)
+    state, _ = compiled(capability, cps, counters, {})
     assert candidates.asm["cubin"]
     assert state.asm["cubin"]
     ptx = candidates.asm["ptx"]
