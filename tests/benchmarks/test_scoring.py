@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import scoring
+from benchmarks.scoring_ways import Case, operations, products
 from drm import save_drm
 from drm.backbone import BackboneConfig
 from tests.tiny import tiny_drm
@@ -59,7 +60,7 @@ def test_the_gpu_s_table_on_a_cpu():
 
 def test_operations_by_hand():
     a = torch.ones(3, 4)
-    assert scoring.operations(lambda: a @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
+    assert operations(lambda: a @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
 
 
 def test_products_are_those_of_the_blocks_layers():
@@ -67,11 +68,11 @@ def test_products_are_those_of_the_blocks_layers():
     sizes = {"num_kept": 2, "num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 32}
     config = BackboneConfig(**sizes, pooled_projection_dim=32, dual_attention_layers=(0,))
     drm = scoring.random_drm(config, torch.device("cpu")).float()
-    case = scoring.Case.draw(drm, 1, 3, 8, 5, torch.device("cpu"))
+    case = Case.draw(drm, 1, 3, 8, 5, torch.device("cpu"))
     inside = []
     for name, module in drm.backbone.transformer_blocks.named_modules():
         if isinstance(module, torch.nn.Linear) and "norm" not in name:
             module.register_forward_hook(lambda m, x, out: inside.append(2 * x[0].numel() * out.shape[-1]))
     case.naive(drm)
-    layers = scoring.products(config, 3, 8, 5, torch.device("cpu"))
+    layers = products(config, 3, 8, 5, torch.device("cpu"))
     assert sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in layers) == sum(inside)

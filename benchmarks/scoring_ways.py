@@ -1,0 +1,158 @@
+"""The ways of scoring k siblings that benchmarks.scoring compares, and what is measured of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.branching import ratio
+from drm import DRM
+from drm.backbone import BackboneConfig
+from drm.compiling import CompiledSteps, compile_steps
+from drm.prepared import Steps
+from drm.scoring import Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Candidates (B * k, ...) of B prompts."""
+
+    latents: Tensor
+    item: Tensor
+    embeds: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def draw(cls, drm: DRM, prompts: int, k: int, side: int, tokens: int, device: torch.device) -> Case:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        return cls(
+            normal(prompts * k, drm.in_channels, side, side),
+            torch.arange(prompts, device=device).repeat_interleave(k),
+            normal(prompts, tokens, drm.prompt_dim),
+            normal(prompts, drm.pooled_dim),
+        )
+
+    @torch.no_grad()
+    def naive(self, drm: DRM) -> Tensor:
+        """The model's own forward."""
+        return drm(self.latents, 0.5, self.embeds[self.item], self.pooled[self.item])
+
+    def one_at_a_time(self, drm: DRM) -> Tensor:
+        """Scores of candidates that never meet."""
+        rows = zip(self.latents, self.embeds[self.item], self.pooled[self.item], strict=True)
+        return torch.cat([drm.score(x[None], 0.5, text[None], pooled[None]) for x, text, pooled in rows])
+
+
+def stopping_at(depth: int) -> Callable[[int, Tensor], Tensor]:
+    """go_on: everything up to a depth, nothing beyond."""
+    return lambda reached, scores: torch.full_like(scores, reached < depth, dtype=torch.bool)
+
+
+def halving(reached: int, scores: Tensor) -> Tensor:
+    """go_on: the better half of the rows that are left."""
+    return scores > scores[scores.isfinite()].median()
+
+
+def ways(drm: DRM, case: Case) -> dict[str, Callable[[], object]]:
+    """Naive, shared, every early depth and halving, with plain blocks; every call at a sigma of its own."""
+    scorer = Scorer(drm, case.embeds, case.pooled, compiled=CompiledSteps(False))
+    sigmas = (0.5 + 1e-6 * number for number in itertools.count())
+
+    def staged(go_on: Callable) -> Callable[[], object]:
+        return lambda: scorer.staged(case.latents, next(sigmas), case.item, go_on)
+
+    early = {f"depth {depth}": staged(stopping_at(depth)) for depth in drm.depths[:-1]}
+    shared = {"shared": lambda: scorer(case.latents, next(sigmas), case.item)}
+    return {"naive": lambda: case.naive(drm), **shared, **early, "halved": staged(halving)}
+
+
+def compiled_ways(drm: DRM, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Shared scoring with compiled blocks, on a GPU in CUDA graphs too."""
+    inductor = {"backend": "inductor" if device.type == "cuda" else "eager"}
+    steps = {"compiled": compile_steps(**inductor)}
+    if device.type == "cuda":
+        steps["in CUDA graphs"] = compile_steps("reduce-overhead")
+
+    def scored(steps: Steps) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        shared = drm.prepare(0.5, case.embeds, case.pooled)
+        return drm.score_prepared(case.latents, shared, case.item, steps)
+
+    return {name: lambda chosen=chosen: scored(chosen) for name, chosen in steps.items()}
+
+
+def products(config: BackboneConfig, rows: int, side: int, tokens: int, device: torch.device) -> list:
+    """(a, b) of every matrix product in the blocks' layers, for `rows` candidates."""
+    width, image, text = config.width, rows * (side // config.patch_size) ** 2, rows * tokens
+    shapes = []
+    for block in range(config.num_kept):
+        shapes += [(image, width, width)] * (8 if block in config.dual_attention_layers else 4)
+        shapes += [(image, width, 4 * width), (image, 4 * width, width), *[(text, width, width)] * 3]
+        if block + 1 < config.num_kept:
+            shapes += [(text, width, width), (text, width, 4 * width), (text, 4 * width, width)]
+    made = {
+        shape: tuple(
+            torch.randn(size, device=device, dtype=torch.bfloat16) for size in (shape[:2], shape[1:])
+        )
+        for shape in set(shapes)
+    }
+    return [made[shape] for shape in shapes]
+
+
+def clocked(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """The seconds of a call, a GPU's work included."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed() -> float:
+        wait()
+        begun = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - begun
+
+    return timed
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Floating-point operations of a call, two for a multiply and add."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Most bytes that a call holds beyond what is there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def row_of(taken: dict[str, list[float]], counted: dict[str, int], count: int) -> dict:
+    """Of every way: time and operations over naive's, and milliseconds and operations a candidate."""
+    return {
+        name: {
+            "time_ratio": ratio(taken, name, "naive"),
+            "operations_ratio": counted[name] / counted["naive"] if name in counted else None,
+            "operations": counted[name] // count if name in counted else None,
+            "milliseconds": 1000 * statistics.median(times) / count,
+        }
+        for name, times in taken.items()
+    }
