@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from drm import flow
+from training.runs import TrainingError
 from training.shards import EncodedPairs, ShardError
 
 
@@ -253,3 +255,29 @@ class HeldOutBatches(Dataset):
         sigma = (part + uniform) / self.sigmas_each
         rows = self.rows[views // self.sigmas_each]
         return make_batch(self.pairs, rows, noise, sigma, self.t5_length, self.text_width, real)
+
+
+def timed_batches(dataset: Dataset, workers: int, pin_memory: bool) -> Iterator[tuple[Batch, float]]:
+    """Each batch of a set, read ahead by `workers` processes, and the seconds it was waited for."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    batches = iter(loader)
+    while True:
+        begun = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a process that reads data died ({str(error).splitlines()[0]}): it may have run out of"
+                " memory; start the same command again, with a smaller train.workers if it recurs"
+            ) from error
+        yield batch, time.perf_counter() - begun
