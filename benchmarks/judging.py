@@ -22,7 +22,6 @@ from training.demo.classifier import shrink
 from training.demo.data import STYLES, read_concepts
 from training.demo.export import Family
 from training.demo.judge import judge_pictures
-from training.demo.pairs import held_out_concepts
 from training.loop import bfloat16_autocast
 
 BOOTSTRAPS = 2000
@@ -57,19 +56,10 @@ def unseen_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def fresh_prompts(family: Family, count: int = 200) -> list[Prompt]:
-    """Prompts that no reward model was trained on, half and half: pairs of concept and style that the
-    generator never saw, and pairs it knows of the concepts that are kept out of all reward training.
+    """Prompts that no reward model was trained on, half of them unknown to the generator too: see
+    `data.kept_aside`.
     """
-    practised, unseen = unseen_prompts(family)
-    known_concepts = set(held_out_concepts(len(family.concepts)))
-    avoided = {prompt.caption for prompt in (*practised, *unseen)}
-    known = [
-        prompt
-        for prompt in choose_prompts(family, len(STYLES) * len(family.concepts))
-        if prompt.concept in known_concepts and prompt.caption not in avoided
-    ]
-    pairs = zip(unseen, known, strict=False)
-    return [prompt for pair in pairs for prompt in pair][:count]
+    return [_prompt(family, *pair) for pair in data.kept_aside(len(family.concepts))][:count]
 
 
 def _prompt(family: Family, concept: int, style: int) -> Prompt:

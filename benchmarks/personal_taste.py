@@ -29,7 +29,7 @@ from drm import load_drm
 from training import shards
 from training.demo import data, text
 from training.demo.generator import load_generator
-from training.demo.pairs import Pool, make_pool
+from training.demo.pairs import Pool, make_pool, without_concepts
 from training.shards import EncodedPairs, replace_atomically
 
 SIZES, SEEDS = (10, 100, 1000), (0, 1, 2)
@@ -76,6 +76,7 @@ def prepare(out: Path) -> None:
     """Both persons' answers."""
     demo, runs = data.load(Path("runs/demo/data")), Path("runs/demo")
     pool = make_pool(runs / "generator", runs / "data", runs / "autoencoder/final")
+    pool = without_concepts(pool, data.held_out_concepts(len(demo.names)))
     generator, tokenizer = load_generator(runs / "generator")
     captions = [f"a {words[0]}" for words in demo.words]
     embeds, pooled = text.embed(generator.text_encoder, text.encode_ids(tokenizer, captions))

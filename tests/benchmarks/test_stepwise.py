@@ -12,8 +12,8 @@ from benchmarks.judging import choose_prompts, fresh_prompts, interval, unseen_p
 from benchmarks.stepwise import Bench, Setting, Way, all_ways, default_k4, scored_passes
 from drm import load_drm
 from drm.search import Search
+from training.demo.data import held_out_concepts
 from training.demo.export import REWARD, load_family
-from training.demo.pairs import held_out_concepts
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 SETTING = Setting(steps=4, cfg=1.5, batch=4)

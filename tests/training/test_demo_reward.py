@@ -6,23 +6,25 @@ import pytest
 import torch
 
 from training.demo import reward
+from training.demo.drawings import Drawings
 from training.demo.pairs import (
     DEGRADATIONS,
     DRAWINGS,
-    INDIFFERENT,
     Pool,
+    ask,
     degrade,
-    disputed,
     other_icon,
     pairs,
-    places_of,
+    without_concepts,
 )
+from training.demo.rated import INDIFFERENT, RATED, RatedPictures, families_of, places_of
 
 
 def make_pool(concepts=12, styles=4):
     """Latents that say which icon and variant they are: value = icon, + 0.1 * (1 + variant) for spoiled,
-    + 100 for drawn, + 1000 for rated: three an icon, whose utility for its concept grows with the way and
-    which look a little like the next concept.
+    + 100 for drawn, + 1000 for each way of the rated: three that are alike, three of half-trained weights,
+    three mixed and three augmented, whose utility for the concept grows with the way and which look a little
+    like the next concept.
     """
     count = concepts * styles
     index = torch.arange(count)
@@ -31,20 +33,19 @@ def make_pool(concepts=12, styles=4):
     degraded = real[:, None] + 0.1 * torch.arange(1, 1 + len(DEGRADATIONS)).reshape(1, -1, 1, 1, 1)
     drawn = real[:, None] + 100 * torch.arange(1, 1 + len(DRAWINGS)).reshape(1, -1, 1, 1, 1)
     concept, style = index // styles, index % styles
-    owner, way = index.repeat(3), torch.arange(1, 4).repeat_interleave(count)
-    rated = (owner + 1000 * way).float().reshape(-1, 1, 1, 1)
-    utility = torch.full((3 * count, concepts), -9.0)
-    rows = torch.arange(3 * count)
+    parts = [name for name in ("0", "6", "mixed_0", "augmented") for _ in range(3)]
+    owner, way = index.repeat(len(parts)), torch.arange(1, 1 + len(parts)).repeat_interleave(count)
+    utility = torch.full((len(owner), concepts), -9.0)
+    rows = torch.arange(len(owner))
     utility[rows, concept[owner]] = way.float().log()
     utility[rows, (concept[owner] + 1) % concepts] = -2.0
+    latents = (owner + 1000 * way).float().reshape(-1, 1, 1, 1)
+    drawings = Drawings(latents, owner, utility, [name for name in parts for _ in range(count)])
     return Pool(
         real=real,
         degraded=degraded,
         drawn=drawn,
-        rated=rated,
-        utility=utility,
-        owner=owner,
-        own=places_of(owner, count),
+        rated=RatedPictures.of(drawings, count),
         concept=concept,
         style=style,
         trained=(concept < 8) & (style > 0),
@@ -98,24 +99,33 @@ def test_pairs_hold_what_they_are_named_for():
     assert (rejected != chosen).all()
 
 
-def test_of_two_drawings_the_raters_say_which_and_how_surely():
+@pytest.mark.parametrize(
+    ("kind", "ways"), [("preferred", {1, 2, 3}), ("mixed", {7, 8, 9}), ("augmented", {10, 11, 12})]
+)
+def test_of_two_pictures_the_raters_say_which_and_how_surely(kind, ways):
     pool = make_pool()
     icons = torch.argwhere(pool.trained).flatten().repeat(5)
-    chosen, rejected, label = pairs(pool, icons, "preferred", pool.trained, torch.Generator().manual_seed(0))
+    chosen, rejected, label = pairs(pool, icons, kind, pool.trained, torch.Generator().manual_seed(0))
     better, worse = (side.flatten() // 1000 for side in (chosen, rejected))
     assert (chosen.flatten() % 1000 == icons).all()
     assert (better > worse).all()
-    assert set(better.int().tolist()) == {2, 3}
-    assert set(worse.int().tolist()) == {1, 2}
+    assert set(better.int().tolist()) == ways - {min(ways)}
+    assert set(worse.int().tolist()) == ways - {max(ways)}
     # utility is the logarithm of the way, so at a sharpness of 2 the odds are better^2 : worse^2
     torch.testing.assert_close(label, better**2 / (better**2 + worse**2))
 
 
-def test_a_confusing_picture_is_another_concepts_that_looks_like_this_one():
+@pytest.mark.parametrize(
+    ("kind", "mine", "theirs"),
+    [("confused", range(1, 7), {*range(1, 10)}), ("mistaken", range(10, 13), {10, 11, 12})],
+)
+def test_a_confusing_picture_is_another_concepts_that_looks_like_this_one(kind, mine, theirs):
     pool = make_pool()
-    icons = torch.argwhere(pool.trained & (pool.concept > 0)).flatten()
-    chosen, rejected, label = pairs(pool, icons, "confused", pool.trained, torch.Generator().manual_seed(0))
+    icons = torch.argwhere(pool.trained & (pool.concept > 0)).flatten().repeat(5)
+    chosen, rejected, label = pairs(pool, icons, kind, pool.trained, torch.Generator().manual_seed(0))
     assert (chosen.flatten() % 1000 == icons).all()
+    assert set((chosen.flatten() // 1000).int().tolist()) == set(mine)
+    assert set((rejected.flatten() // 1000).int().tolist()) <= theirs
     others = (rejected.flatten() % 1000).long()
     assert (pool.concept[others] == pool.concept[icons] - 1).all()
     assert pool.trained[others].all()
@@ -125,31 +135,61 @@ def test_a_confusing_picture_is_another_concepts_that_looks_like_this_one():
 
 def test_captions_in_dispute_come_more_often():
     pool = make_pool()
-    own = pool.own[5]
-    pool.utility[own, pool.concept[5]] *= 20
-    icons = disputed(pool, pool.trained, 4000, torch.Generator().manual_seed(0))
-    assert pool.trained[icons].all()
+    pool.rated.utility[pool.rated.own["alike"][5], pool.concept[5]] *= 20
+    icons, allowed = ask(pool, "preferred", 4000, torch.Generator().manual_seed(0))
+    assert pool.prompted[icons].all()
+    assert allowed is pool.prompted
     share = (icons == 5).float().mean().item()
     calm, loud = math.log(3) + INDIFFERENT, 20 * math.log(3) + INDIFFERENT
-    assert share == pytest.approx(loud / (loud + 23 * calm), rel=0.1)
+    assert share == pytest.approx(loud / (loud + 31 * calm), rel=0.1)
+
+
+def test_nobody_is_asked_about_pictures_that_are_not_there():
+    pool = make_pool()
+    pool.rated.own["augmented"][8:, 1:] = -1
+    pool.rated.own["augmented"][16:] = -1
+    icons, _ = ask(pool, "augmented", 200, torch.Generator().manual_seed(0))
+    assert set(icons.tolist()) == set(range(8))
+    icons, _ = ask(pool, "mistaken", 400, torch.Generator().manual_seed(0))
+    assert set(icons.tolist()) == set(range(16))
 
 
 def test_places_of_owners_with_unequal_numbers():
-    places = places_of(torch.tensor([1, 0, 1, 3, 1]), 4)
+    owner = torch.tensor([1, 0, 1, 3, 1])
+    places = places_of(owner, torch.arange(5), 4)
     assert places.tolist() == [[1, -1, -1], [0, 2, 4], [-1, -1, -1], [3, -1, -1]]
+    assert places_of(owner, torch.tensor([3, 4]), 4).tolist() == [[-1], [4], [-1], [3]]
+
+
+def test_parts_and_their_families():
+    assert families_of("0") == families_of("hard") == families_of("again") == ("drawn", "alike")
+    assert families_of("6") == families_of("step-grpo_4_lr0.001_seed0") == ("drawn",)
+    assert families_of("mixed_2") == ("mixed",)
+    assert families_of("augmented") == ("augmented",)
+
+
+def test_a_study_may_keep_whole_concepts_from_training():
+    pool = without_concepts(make_pool(), [2, 9])
+    held = torch.isin(pool.concept, torch.tensor([2, 9]))
+    assert torch.equal(pool.tested, held)
+    assert not (pool.trained & held).any()
+    assert not (pool.prompted & held).any()
+    assert pool.trained[pool.concept == 3].any()
 
 
 def test_a_batch_holds_every_kind_in_its_share():
     pool = make_pool()
     chosen, rejected, label, icons = reward.draw_pairs(pool, 32, torch.Generator().manual_seed(1))
     assert chosen.shape == rejected.shape == (32, 1, 1, 1)
-    assert pool.trained[icons[:12]].all()
+    sure = 10
+    assert sure == round(32 * sum(share for kind, share in reward.MIX.items() if kind not in RATED))
+    assert pool.trained[icons[:sure]].all()
     assert pool.prompted[icons].all()
-    assert not pool.trained[icons[12:]].all()
-    assert (chosen.flatten()[:10] == icons[:10]).all()
-    assert (chosen.flatten()[12:] >= 1000).all()
-    assert (label[:12] == 1).all()
-    assert (label[12:] < 1).all()
+    assert not pool.trained[icons[sure:]].all()
+    assert (chosen.flatten()[:8] == icons[:8]).all()
+    assert (chosen.flatten()[sure:] >= 1000).all()
+    assert (label[:sure] == 1).all()
+    assert (label[sure + 8 :] < 1).all()
 
 
 def test_both_sides_of_a_pair_meet_one_noise_at_one_sigma():

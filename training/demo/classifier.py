@@ -83,7 +83,7 @@ def augment(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     blurred = F.avg_pool2d(out, 3, 1, 1)
     out = torch.lerp(out, blurred, uniform(0, 1, 1, 1, 1))
     out = out + uniform(0, 0.15, 1, 1, 1) * torch.randn(out.shape, generator=rng)
-    grid = torch.arange(PIXELS) / PIXELS
+    grid = torch.arange(pictures.shape[-1]) / pictures.shape[-1]
     top, left, size = uniform(0, 1, 1), uniform(0, 1, 1), uniform(0, 0.35, 1)
     hole = ((grid > top) & (grid < top + size))[:, :, None] & ((grid > left) & (grid < left + size))[
         :, None, :

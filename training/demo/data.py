@@ -11,7 +11,7 @@ takes the .tgz files of --source), draws every icon on white at 128 x 128 and wr
 
 Icons of concept -1 (everything outside concepts.txt) only ever teach the autoencoder. Held-out icons are 200
 (concept, style) pairs that no model sees in training; each of their concepts is seen in the other three
-styles. The captions of 100 of them are for practice, see `practice`.
+styles. The captions of 100 of them are for practice, see `practice`; the benchmarks ask for `kept_aside`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ LICENCE = "Apache-2.0; learned from Fluent Emoji (MIT), Noto Emoji (Apache-2.0),
 SIZE, INNER = 128, 116
 HELD_OUT = 200
 SPLIT_SEED = 20260  # the split is part of the data set: changing it makes published figures incomparable
+HELD_OUT_CONCEPTS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,52 @@ def practice(held_out: list[tuple[int, int]]) -> list[tuple[int, int]]:
     on their captions, never on their pictures. The others are for tests alone.
     """
     return sorted(held_out)[::2]
+
+
+def held_out_concepts(concepts: int) -> list[int]:
+    """The concepts that studies of reward models keep out of training altogether."""
+    return random.Random(SPLIT_SEED + 1).sample(range(concepts), HELD_OUT_CONCEPTS)
+
+
+def kept_aside(concepts: int) -> list[tuple[int, int]]:
+    """The (concept, style) pairs the benchmarks ask for: no reward model of the demo learns from their
+    captions or pictures, no policy practises on them. In turn one that the generator never saw and one it
+    knows, of the held-out concepts.
+    """
+    everything = [(concept, style) for style in range(len(STYLES)) for concept in range(concepts)]
+    held_out = {everything[i] for i in split(everything, concepts)}
+    unseen = sorted(held_out - set(practice(sorted(held_out))))
+    asked = set(held_out_concepts(concepts))
+    turns = [(c, (c + turn) % len(STYLES)) for turn in range(len(STYLES)) for c in range(concepts)]
+    known = [pair for pair in turns if pair[0] in asked and pair not in held_out]
+    return [pair for both in zip(unseen, known, strict=False) for pair in both]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Which of some icons are what, (N,) bool each. held_out: pictures no model saw; practice: those of them
+    whose captions may be practised on; aside: see `kept_aside`; foreign: of a concept that is held out of
+    studies.
+    """
+
+    held_out: torch.Tensor
+    practice: torch.Tensor
+    aside: torch.Tensor
+    foreign: torch.Tensor
+
+
+def roles(demo: DemoData, icons: np.ndarray) -> Roles:
+    """The roles of these icons."""
+    held_out, concepts = demo.held_out[icons], len(demo.names)
+    labels = list(zip(demo.concept[icons].tolist(), demo.style[icons].tolist(), strict=True))
+    practised = set(practice([label for label, held in zip(labels, held_out, strict=True) if held]))
+    aside = set(kept_aside(concepts))
+    return Roles(
+        held_out=torch.from_numpy(held_out),
+        practice=torch.tensor([label in practised for label in labels]),
+        aside=torch.tensor([label in aside for label in labels]),
+        foreign=torch.from_numpy(np.isin(demo.concept[icons], held_out_concepts(concepts))),
+    )
 
 
 def build(out: Path, source: Path | None) -> None:

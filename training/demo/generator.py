@@ -110,10 +110,17 @@ def guided_denoise(
     """The (x, sigma) -> x0 that a sampler calls for these captions; one network pass a step when cfg is
     1, else two in one batch.
     """
-    size = len(captions)
-    embeds, pooled = text.embed(
-        generator.text_encoder, text.encode_ids(tokenizer, captions + [""] * size * (cfg != 1))
-    )
+    empty = [""] * len(captions) * (cfg != 1)
+    embeds, pooled = text.embed(generator.text_encoder, text.encode_ids(tokenizer, captions + empty))
+    return guided_by(generator, embeds, pooled, len(captions), cfg)
+
+
+def guided_by(
+    generator: Generator, embeds: torch.Tensor, pooled: torch.Tensor, size: int, cfg: float
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The same for `size` prompts by their embeddings, behind them those of empty captions unless cfg is
+    1.
+    """
 
     @torch.no_grad()
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

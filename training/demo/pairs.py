@@ -4,19 +4,15 @@ The preferred picture is the real icon of a caption. The other one is
     wrong      another caption's icon: another concept, or the same concept in another style
     degraded   the same icon blurred, recoloured, warped, covered by noise, or with a piece cut out
     generated  what the generator draws for that caption, with early or final weights, few or many steps
-"drawn" sets a final picture of the generator's against an early one or one of another caption. In the rated
-kinds the raters of training.demo.raters say, by a probability, which is better:
-    preferred  two drawings of one caption, what a reward model is asked in a sampler and in fine-tuning;
-               captions and pairs on which the raters have an opinion come more often
-    confused   a drawing of the caption and one of another caption that the raters take for it most
-No pair of a held-out concept, and no held-out icon, is trained on; of the captions of held-out icons, those
-for practice give rated drawings.
+"drawn" sets a final picture of the generator's against an early one or one of another caption. The kinds of
+training.demo.rated are two drawings or two augmented icons, and raters say which is better.
+Nothing of training.demo.data.kept_aside and no held-out icon is trained on; of the captions of the other
+held-out icons there are drawings.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +25,9 @@ from training.demo import data
 from training.demo.autoencoder import to_float
 from training.demo.drawings import load_drawings
 from training.demo.generator import draw, load_generator, prepare
+from training.demo.rated import RATED, RatedPictures, askable, rated_pairs
 from training.loop import bfloat16_autocast
 
-HELD_OUT_CONCEPTS = 48
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
 # (weights, steps, cfg) of what the generator draws: first with early weights, last its best
 DRAWINGS = (
@@ -43,13 +39,6 @@ DRAWINGS = (
 )
 # how often the other caption of a "wrong" pair names the same concept in another style
 WRONG = {"wrong": 0.25, "wrong concept": 0.0, "wrong style": 1.0}
-# P(the raters' favourite is the better) = sigmoid(SHARPNESS * difference in utility); the judge of the
-# benchmarks agreed with 73 % of the raters' choices and with 89 % where utilities differed by more than 1
-SHARPNESS = 2.0
-RATED = ("preferred", "confused")
-# how often pairs come on which the raters have no opinion: as often as if utilities differed by this
-INDIFFERENT = 0.1
-CONFUSED_AMONG = 512
 GENERATED = {"generated": (0, 5), "generated early": (0, 2), "generated final": (2, 5)}
 
 
@@ -99,28 +88,19 @@ def degrade(pictures: torch.Tensor, kind: str, rng: torch.Generator) -> torch.Te
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """Model-space latents by icon: real (N, ...), degraded (N, 5, ...), drawn (N, 5, ...); labels concept,
-    style (N,). Rated drawings (M, ...) with the raters' utility of every concept (M, concepts) and whose
-    caption each draws, owner (M,); own (N, most): the places of each icon's drawings, -1 beyond the last.
-    Masks (N,): trained, pictures to learn from; prompted, captions whose drawings are learned from; tested.
+    style (N,); what the raters rated. Masks (N,): trained, pictures to learn from; prompted, captions whose
+    drawings are learned from; tested.
     """
 
     real: torch.Tensor
     degraded: torch.Tensor
     drawn: torch.Tensor
-    rated: torch.Tensor
-    utility: torch.Tensor
-    owner: torch.Tensor
-    own: torch.Tensor
+    rated: RatedPictures
     concept: torch.Tensor
     style: torch.Tensor
     trained: torch.Tensor
     prompted: torch.Tensor
     tested: torch.Tensor
-
-
-def held_out_concepts(concepts: int) -> list[int]:
-    """The concepts that no reward model learns from."""
-    return random.Random(data.SPLIT_SEED + 1).sample(range(concepts), HELD_OUT_CONCEPTS)
 
 
 @torch.no_grad()
@@ -152,35 +132,26 @@ def make_pool(generator_folder: Path, data_folder: Path, autoencoder_folder: Pat
             print(f"drawn with {snapshot}, {steps} steps, cfg {cfg}", flush=True)
         save_file({"degraded": degraded, "drawn": torch.stack(drawn, 1)}, path)
     made = load_file(path)
-    concept, style = torch.from_numpy(demo.concept[icons]), torch.from_numpy(demo.style[icons])
-    held = torch.tensor(held_out_concepts(len(demo.names)))
-    tested = torch.isin(concept, held)
-    held_out = torch.from_numpy(demo.held_out[icons])
-    labels = list(zip(concept.tolist(), style.tolist(), strict=True))
-    practised = set(data.practice([labels[i] for i in data.indices(held_out).tolist()]))
-    prompted = ~tested & (~held_out | torch.tensor([label in practised for label in labels]))
-    drawings = load_drawings(generator_folder)
+    roles = data.roles(demo, icons)
     return Pool(
         real=cached["latents"],
         degraded=made["degraded"],
         drawn=made["drawn"],
-        rated=drawings.latents,
-        utility=drawings.utility,
-        owner=drawings.icon,
-        own=places_of(drawings.icon, len(icons)),
-        concept=concept,
-        style=style,
-        trained=~tested & ~held_out,
-        prompted=prompted,
-        tested=tested,
+        rated=RatedPictures.of(load_drawings(generator_folder), len(icons)),
+        concept=torch.from_numpy(demo.concept[icons]),
+        style=torch.from_numpy(demo.style[icons]),
+        trained=~roles.aside & ~roles.held_out,
+        prompted=~roles.aside,
+        tested=roles.aside,
     )
 
 
-def places_of(owner: torch.Tensor, count: int) -> torch.Tensor:
-    """Owners (M,) below `count` -> (count, most): the places of each owner's entries, -1 beyond the last."""
-    order = owner.argsort(stable=True)
-    rows = order.split(torch.bincount(owner, minlength=count).tolist())
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+def without_concepts(pool: Pool, held: list[int]) -> Pool:
+    """The pool with nothing of the concepts `held` in training, and all of them for tests."""
+    foreign = torch.isin(pool.concept, torch.tensor(held))
+    return dataclasses.replace(
+        pool, trained=pool.trained & ~foreign, prompted=pool.prompted & ~foreign, tested=foreign
+    )
 
 
 def other_icon(
@@ -202,53 +173,12 @@ def other_icon(
     return picked
 
 
-def own_utility(pool: Pool, icons: torch.Tensor) -> torch.Tensor:
-    """What the raters think of each icon's drawings, (B, most); NaN where it has no more."""
-    found = pool.utility[pool.own[icons].clamp_min(0), pool.concept[icons][:, None]]
-    return found.masked_fill(pool.own[icons] < 0, torch.nan)
-
-
-def disputed(pool: Pool, allowed: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
-    """Icons (count,) of `allowed`, those whose drawings differ most in utility most often."""
-    candidates = data.indices(allowed)
-    found = own_utility(pool, candidates)
-    differ = found.nan_to_num(-torch.inf).amax(1) - found.nan_to_num(torch.inf).amin(1)
-    return candidates[torch.multinomial(differ + INDIFFERENT, count, replacement=True, generator=rng)]
-
-
-def rated_pairs(
-    pool: Pool, icons: torch.Tensor, kind: str, allowed: torch.Tensor, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A drawing of each icon's caption and another picture, the one the raters prefer first, and their
-    probability that it is the better.
-    """
-    utility = own_utility(pool, icons)
-    there = (~utility.isnan()).float()
-    first = torch.multinomial(there, 1, generator=rng)
-    mine, own = utility.gather(1, first)[:, 0], pool.own[icons]
-    if kind == "preferred":
-        weight = (utility - mine[:, None]).abs().nan_to_num(0) + INDIFFERENT
-        weight = (weight * there).scatter(1, first, 0.0)
-        second = torch.multinomial(weight, 1, generator=rng)
-        other, theirs = own.gather(1, second)[:, 0], utility.gather(1, second)[:, 0]
-    else:
-        other, theirs = _confusing(pool, icons, allowed, rng)
-    place = own.gather(1, first)[:, 0]
-    gap = mine - theirs
-    better, worse = torch.where(gap >= 0, place, other), torch.where(gap >= 0, other, place)
-    return pool.rated[better].float(), pool.rated[worse].float(), (SHARPNESS * gap.abs()).sigmoid()
-
-
-def _confusing(
-    pool: Pool, icons: torch.Tensor, allowed: torch.Tensor, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of some drawings of other concepts, the one the raters take most for each icon's: place, utility."""
-    sample = data.indices(allowed[pool.owner])
-    sample = sample[torch.randint(len(sample), (CONFUSED_AMONG,), generator=rng)]
-    table = pool.utility[sample][:, pool.concept[icons]].T
-    same = pool.concept[pool.owner[sample]][None] == pool.concept[icons][:, None]
-    best = table.masked_fill(same, -torch.inf).max(dim=1)
-    return sample[best.indices], best.values
+def ask(pool: Pool, kind: str, count: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Icons (count,) to ask a kind of pair of in training, and the icons (N,) its pictures may be of."""
+    if kind in RATED:
+        return askable(pool.rated, pool.concept, kind, pool.prompted, count, rng), pool.prompted
+    choice = data.indices(pool.trained)
+    return choice[torch.randint(len(choice), (count,), generator=rng)], pool.trained
 
 
 def pairs(
@@ -256,7 +186,7 @@ def pairs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(preferred, other) latents of one kind for the captions of `icons`, and P(preferred is better) (B,)."""
     if kind in RATED:
-        return rated_pairs(pool, icons, kind, allowed, rng)
+        return rated_pairs(pool.rated, pool.concept, icons, kind, allowed, rng)
     return *_certain_pairs(pool, icons, kind, allowed, rng), torch.ones(len(icons))
 
 

@@ -29,19 +29,22 @@ from training.demo.generator import (
     initial_noise,
     load_generator,
 )
-from training.demo.pairs import RATED, Pool, disputed, make_pool, pairs
+from training.demo.pairs import Pool, ask, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT = 3
 HIDDEN = 128
-# Most of what it learns from are two drawings of one caption, the question it is asked most.
+# Three quarters of what it learns from are two drawings or two augmented icons that raters told apart.
 MIX = {
     "wrong": 0.125,
-    "degraded": 0.125,
+    "degraded": 0.0625,
     "generated early": 0.0625,
     "drawn": 0.0625,
     "confused": 0.125,
-    "preferred": 0.5,
+    "mistaken": 0.125,
+    "augmented": 0.0625,
+    "mixed": 0.125,
+    "preferred": 0.25,
 }
 REPORTED = (
     "wrong concept",
@@ -57,15 +60,15 @@ REPORTED = (
 SURE = 0.75
 
 
-def build_drm(generator_folder: Path, *, random_backbone: bool) -> DRM:
-    """The truncated generator (or one of the same shape with fresh weights) under fresh heads."""
+def build_drm(generator_folder: Path, kept: int, *, random_backbone: bool) -> DRM:
+    """The generator's first `kept` blocks (or fresh weights of that shape) under fresh heads."""
     generator, _ = load_generator(generator_folder)
     if random_backbone:
-        backbone = TruncatedSD3(BackboneConfig.from_diffusers(generator.transformer.config, KEPT))
+        backbone = TruncatedSD3(BackboneConfig.from_diffusers(generator.transformer.config, kept))
     else:
-        backbone = backbone_from_transformer(generator.transformer, KEPT)
+        backbone = backbone_from_transformer(generator.transformer, kept)
     width = backbone.config.width
-    early = {depth: ConvHead(width, HIDDEN) for depth in range(1, KEPT)}
+    early = {depth: ConvHead(width, HIDDEN) for depth in range(1, kept)}
     return DRM(backbone.requires_grad_(True), ConvHead(width, HIDDEN), early_heads=early)
 
 
@@ -82,17 +85,17 @@ def score_pair(
 
 @torch.no_grad()
 def evaluate(drm: DRM, pool: Pool, embed, *, rounds: int = 2) -> dict[int, dict[str, list[float]]]:
-    """Accuracy on held-out concepts by depth and kind of pair, in the four quarters of sigma from low to
-    high.
+    """Accuracy on the captions kept aside by depth and kind of pair, in the four quarters of sigma from low
+    to high.
     """
-    icons = data.indices(pool.tested)
+    icons, everything = data.indices(pool.tested), torch.ones_like(pool.tested)
     tables: dict[int, dict[str, list[float]]] = {depth: {} for depth in drm.depths}
     for seed, kind in enumerate(REPORTED):
         rng = torch.Generator().manual_seed(seed)
         wins, losses, sigmas = [], [], []
         for quarter in range(4):
             for _ in range(rounds):
-                chosen, rejected, label = pairs(pool, icons, kind, pool.tested, rng)
+                chosen, rejected, label = pairs(pool, icons, kind, everything, rng)
                 sigma = (quarter + torch.rand(len(icons), generator=rng)) / 4
                 sides = score_pair(drm.forward_depths, chosen, rejected, sigma, *embed(icons), rng)
                 sure = label >= SURE
@@ -159,12 +162,7 @@ def draw_pairs(
     """(chosen, rejected, label, icons) of a training batch, the kinds in the shares of MIX."""
     parts = []
     for kind, share in MIX.items():
-        count, allowed = round(share * size), pool.prompted if kind in RATED else pool.trained
-        if kind == "preferred":
-            icons = disputed(pool, allowed, count, rng)
-        else:
-            choice = data.indices(allowed)
-            icons = choice[torch.randint(len(choice), (count,), generator=rng)]
+        icons, allowed = ask(pool, kind, round(share * size), rng)
         parts.append((*pairs(pool, icons, kind, allowed, rng), icons))
     return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
@@ -177,6 +175,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo/reward"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32, help="pairs a step")
+    parser.add_argument("--kept", type=int, default=KEPT, help="blocks kept of the generator's four")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random-backbone", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -189,7 +188,7 @@ def main() -> None:
     demo = data.load(args.data)
     pool = make_pool(args.generator, args.data, args.autoencoder)
     generator, tokenizer = load_generator(args.generator)
-    drm = build_drm(args.generator, random_backbone=args.random_backbone)
+    drm = build_drm(args.generator, args.kept, random_backbone=args.random_backbone)
     compiled = torch.compile(drm.forward_depths) if args.compile else drm.forward_depths
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +236,7 @@ def main() -> None:
         seed=args.seed,
     )
     averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
-    table = tables[KEPT]
+    table = tables[args.kept]
     (args.out / "accuracy.json").write_text(
         json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": tables})
     )

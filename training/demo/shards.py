@@ -18,7 +18,7 @@ import torch
 from training import shards
 from training.demo import data, text
 from training.demo.generator import load_generator
-from training.demo.pairs import RATED, Pool, make_pool, pairs
+from training.demo.pairs import Pool, ask, make_pool, pairs, without_concepts
 from training.demo.reward import MIX, REPORTED
 
 PHRASINGS = 3  # captions of an icon: the canonical one first
@@ -26,8 +26,13 @@ PHRASINGS = 3  # captions of an icon: the canonical one first
 
 def flatten(pool: Pool) -> tuple[torch.Tensor, Pool]:
     """All latents of the pool in one list (M, C, H, W), and a pool that holds their places in it instead."""
-    kinds = (pool.real, pool.degraded, pool.drawn, pool.rated)
-    parts = [pool.real, pool.degraded.flatten(0, 1), pool.drawn.flatten(0, 1), pool.rated.float()]
+    kinds = (pool.real, pool.degraded, pool.drawn, pool.rated.latents)
+    parts = [
+        pool.real,
+        pool.degraded.flatten(0, 1),
+        pool.drawn.flatten(0, 1),
+        pool.rated.latents.float(),
+    ]
     places, start = [], 0
     for part, like in zip(parts, kinds, strict=True):
         count = len(part)
@@ -35,7 +40,8 @@ def flatten(pool: Pool) -> tuple[torch.Tensor, Pool]:
         places.append(torch.arange(start, start + count).reshape(shape))
         start += count
     real, degraded, drawn, rated = places
-    moved = dataclasses.replace(pool, real=real, degraded=degraded, drawn=drawn, rated=rated)
+    moved = dataclasses.replace(pool, real=real, degraded=degraded, drawn=drawn)
+    moved = dataclasses.replace(moved, rated=dataclasses.replace(pool.rated, latents=rated))
     return torch.cat(parts), moved
 
 
@@ -60,9 +66,7 @@ def table(pool: Pool, *, train_pairs: int, rounds: int, rng: torch.Generator) ->
 
     tested = data.indices(pool.tested)
     for kind, share in MIX.items():
-        allowed = pool.prompted if kind in RATED else pool.trained
-        choice = data.indices(allowed)
-        icons = choice[torch.randint(len(choice), (round(share * train_pairs),), generator=rng)]
+        icons, allowed = ask(pool, kind, round(share * train_pairs), rng)
         add(icons, kind, allowed, torch.randint(PHRASINGS, icons.shape, generator=rng), False)
     for kind in REPORTED:
         for _ in range(rounds):
@@ -82,6 +86,7 @@ def main() -> None:
 
     demo = data.load(args.data)
     pool = make_pool(args.generator, args.data, args.autoencoder)
+    pool = without_concepts(pool, data.held_out_concepts(len(demo.names)))
     latents, places = flatten(pool)
     columns = table(places, train_pairs=args.pairs, rounds=args.rounds, rng=torch.Generator().manual_seed(0))
     generator, tokenizer = load_generator(args.generator)

@@ -1,0 +1,147 @@
+"""Pairs of two pictures that the raters of training.demo.raters rated, and which of them they prefer.
+
+    preferred  two drawings of one caption by samplers as people set them: what a reward model is asked in a
+               sampler and in fine-tuning
+    mixed      two drawings of captions mixed with this one
+    augmented  the real icon, augmented in two ways
+    confused   a drawing of the caption and one of another concept that the raters take for it most
+    mistaken   the augmented icon and one of another concept, likewise
+
+P(the raters' favourite is the better) = sigmoid(SHARPNESS * difference in utility); captions and pairs on
+which they have an opinion come more often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from training.demo import data
+from training.demo.drawings import ALIKE, Drawings
+
+# the judge of the benchmarks agreed with 73 % of the raters' choices, and with 89 % where utilities differed
+# by more than 1
+SHARPNESS = 2.0
+# how often pairs come on which the raters have no opinion: as often as if utilities differed by this
+INDIFFERENT = 0.1
+CONFUSED_AMONG = 1024
+# kind: the family both pictures are of, or the families of the caption's picture and of the other one
+TWO_OF = {"preferred": "alike", "mixed": "mixed", "augmented": "augmented"}
+ONE_OF_EACH = {"confused": ("drawn", ("drawn", "mixed")), "mistaken": ("augmented", ("augmented",))}
+RATED = (*TWO_OF, *ONE_OF_EACH)
+
+
+@dataclasses.dataclass(frozen=True)
+class RatedPictures:
+    """Latents (M, ...), the raters' utility of every concept (M, concepts), and owner (M,), the icon whose
+    caption each shows. families: where each family's pictures are (F,); own: a table of each icon's pictures
+    of a family (N, most), -1 beyond the last.
+    """
+
+    latents: torch.Tensor
+    utility: torch.Tensor
+    owner: torch.Tensor
+    families: dict[str, torch.Tensor]
+    own: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, drawings: Drawings, icons: int) -> RatedPictures:
+        """Drawings of `icons` icons by the families of their parts."""
+        families = {}
+        for family in ("drawn", "alike", "mixed", "augmented"):
+            member = [family in families_of(part) for part in drawings.part]
+            families[family] = data.indices(torch.tensor(member))
+        own = {family: places_of(drawings.icon, places, icons) for family, places in families.items()}
+        return cls(drawings.latents, drawings.utility, drawings.icon, families, own)
+
+    def own_utility(self, concept: torch.Tensor, icons: torch.Tensor, family: str) -> torch.Tensor:
+        """What the raters think of each icon's pictures (B, most), NaN where it has no more; concept (N,)."""
+        places = self.own[family][icons]
+        found = self.utility[places.clamp_min(0), concept[icons][:, None]]
+        return found.masked_fill(places < 0, torch.nan)
+
+
+def families_of(part: str) -> tuple[str, ...]:
+    """The families a part of training.demo.drawings belongs to."""
+    name = part.split("_")[0]
+    if name in ("mixed", "augmented"):
+        return (name,)
+    return ("drawn", "alike") if part in ALIKE else ("drawn",)
+
+
+def places_of(owner: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Owners (M,) below `count`, some of their places (F,) -> (count, most): the places of each owner's
+    entries, -1 beyond the last.
+    """
+    owned = owner[places]
+    order = places[owned.argsort(stable=True)]
+    rows = order.split(torch.bincount(owned, minlength=count).tolist())
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def askable(
+    rated: RatedPictures,
+    concept: torch.Tensor,
+    kind: str,
+    allowed: torch.Tensor,
+    count: int,
+    rng: torch.Generator,
+) -> torch.Tensor:
+    """Icons (count,) of `allowed` (N,) to ask a kind of pair of; where it takes two pictures of one icon,
+    those whose pictures differ most in utility most often.
+    """
+    family = TWO_OF.get(kind) or ONE_OF_EACH[kind][0]
+    needed = 2 if kind in TWO_OF else 1
+    candidates = data.indices(allowed & ((rated.own[family] >= 0).sum(1) >= needed))
+    if kind in ONE_OF_EACH:
+        return candidates[torch.randint(len(candidates), (count,), generator=rng)]
+    found = rated.own_utility(concept, candidates, family)
+    differ = found.nan_to_num(-torch.inf).amax(1) - found.nan_to_num(torch.inf).amin(1)
+    return candidates[torch.multinomial(differ + INDIFFERENT, count, replacement=True, generator=rng)]
+
+
+def rated_pairs(
+    rated: RatedPictures,
+    concept: torch.Tensor,
+    icons: torch.Tensor,
+    kind: str,
+    allowed: torch.Tensor,
+    rng: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each icon's caption a picture and another one, the raters' favourite first, and their probability
+    that it is the better (B,).
+    """
+    family = TWO_OF.get(kind) or ONE_OF_EACH[kind][0]
+    utility, own = rated.own_utility(concept, icons, family), rated.own[family][icons]
+    there = (~utility.isnan()).float()
+    first = torch.multinomial(there, 1, generator=rng)
+    mine = utility.gather(1, first)[:, 0]
+    if kind in TWO_OF:
+        weight = (utility - mine[:, None]).abs().nan_to_num(0) + INDIFFERENT
+        weight = (weight * there).scatter(1, first, 0.0)
+        second = torch.multinomial(weight, 1, generator=rng)
+        other, theirs = own.gather(1, second)[:, 0], utility.gather(1, second)[:, 0]
+    else:
+        other, theirs = _confusing(rated, concept, icons, ONE_OF_EACH[kind][1], allowed, rng)
+    place, gap = own.gather(1, first)[:, 0], mine - theirs
+    better, worse = torch.where(gap >= 0, place, other), torch.where(gap >= 0, other, place)
+    return rated.latents[better].float(), rated.latents[worse].float(), (SHARPNESS * gap.abs()).sigmoid()
+
+
+def _confusing(
+    rated: RatedPictures,
+    concept: torch.Tensor,
+    icons: torch.Tensor,
+    families: tuple[str, ...],
+    allowed: torch.Tensor,
+    rng: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of some pictures of other concepts, the one the raters take most for each icon's: place, utility."""
+    sample = torch.cat([rated.families[family] for family in families])
+    sample = sample[allowed[rated.owner[sample]]]
+    sample = sample[torch.randint(len(sample), (CONFUSED_AMONG,), generator=rng)]
+    table = rated.utility[sample][:, concept[icons]].T
+    same = concept[rated.owner[sample]][None] == concept[icons][:, None]
+    best = table.masked_fill(same, -torch.inf).max(dim=1)
+    return sample[best.indices], best.values
