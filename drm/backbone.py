@@ -9,10 +9,13 @@ what leaves the n-th block, tap 0 what enters the first. Unless it is tapped, th
 output feeds nothing; that block is then built `context_pre_only`: it has no text feed-forward, no text output
 projection, and only the two rows of the text modulation (scale and shift before attention) that reach the
 image. The image tokens are those of the full model after that block.
+
+Coarse tokens: a patch of twice the side is one token in place of four. Its embedding starts as the mean of
+theirs, tiled over the larger patch, and its position as the mean of theirs; then it learns.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -270,12 +273,41 @@ def backbone_from_transformer(
     num_kept: int,
     image_taps: tuple[int, ...] = (),
     text_taps: tuple[int, ...] = (),
+    coarse: int = 1,
 ) -> TruncatedSD3:
-    """The first blocks of a diffusers SD3 transformer, as copies in its dtype and on its device."""
+    """The first blocks of a diffusers SD3 transformer, as copies in its dtype and on its device.
+
+    coarse: how many times the side of a patch; see `coarsened`.
+    """
     config = BackboneConfig.from_diffusers(transformer.config, num_kept, image_taps, text_taps)
     kept = {
         key: value.detach().clone()
         for key, value in transformer.state_dict().items()
         if is_kept(key, num_kept, config.keeps_text_output)
     }
+    if coarse != 1:
+        kept, config = coarsened(kept, config, coarse)
     return backbone_from_state_dict(kept, config)
+
+
+def coarsened(
+    state_dict: Mapping[str, Tensor], config: BackboneConfig, factor: int
+) -> tuple[dict[str, Tensor], BackboneConfig]:
+    """Weights and config with patches `factor` times the side: so many times fewer tokens, squared.
+
+    A starting point for training: before it, a coarse token is the mean of the fine ones it stands for, and
+    so is its position. ValueError where the positions cannot be shared out evenly.
+    """
+    largest = config.pos_embed_max_size
+    if factor < 1 or largest % factor:
+        raise ValueError(
+            f"tokens cannot be {factor} times as coarse: wanted a divisor of the {largest} positions a side"
+        )
+    changed = dict(state_dict)
+    weight, positions = changed["pos_embed.proj.weight"], changed["pos_embed.pos_embed"]
+    changed["pos_embed.proj.weight"] = weight.repeat(1, 1, factor, factor) / factor**2
+    grid = positions.reshape(1, largest, largest, -1).permute(0, 3, 1, 2).float()
+    pooled = nn.functional.avg_pool2d(grid, factor).flatten(2).transpose(1, 2)
+    changed["pos_embed.pos_embed"] = pooled.contiguous().to(positions)
+    larger = replace(config, patch_size=config.patch_size * factor, pos_embed_max_size=largest // factor)
+    return changed, larger

@@ -176,13 +176,13 @@ class Scorer:
         self._scorer, self._sigma = None, None
 
     def __call__(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
-        return self._at(sigma)(_padded(candidates), sigma, item_index)
+        return self._at(sigma)(self._padded(candidates), sigma, item_index)
 
     def staged(
         self, candidates: Tensor, sigma: float, item_index: Tensor, go_on: Callable[[int, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Scores (n,) and the depths (n,) they were taken at, see drm.scoring.Scorer.staged."""
-        return self._at(sigma).staged(_padded(candidates), sigma, item_index, go_on)
+        return self._at(sigma).staged(self._padded(candidates), sigma, item_index, go_on)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -203,6 +203,11 @@ class Scorer:
         """How far behind the leader at that depth a candidate is out, None where nobody has measured it."""
         return self._at(sigma).decisive(depth, sigma)
 
+    def _padded(self, candidates: Tensor) -> Tensor:
+        """Sizes that are no multiple of a patch, padded as ComfyUI's network pads them."""
+        patch = self.patcher.model.backbone.config.patch_size
+        return comfy.ldm.common_dit.pad_to_patch_size(candidates, (patch, patch))
+
     def _at(self, sigma: float) -> "scoring.Scorer":
         from ..drm.scoring import Scorer
 
@@ -219,11 +224,6 @@ class Scorer:
             self._scorer.read(*text)
             self._sigma = sigma
         return self._scorer
-
-
-def _padded(candidates: Tensor) -> Tensor:
-    """Odd sizes padded as ComfyUI's network pads them."""
-    return comfy.ldm.common_dit.pad_to_patch_size(candidates, (2, 2))
 
 
 def is_out_of_memory(error: Exception) -> bool:

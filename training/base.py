@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from drm.backbone import BackboneConfig, TruncatedSD3, backbone_from_state_dict, first_difference, is_kept
+from drm.backbone import (
+    BackboneConfig,
+    TruncatedSD3,
+    backbone_from_state_dict,
+    coarsened,
+    first_difference,
+    is_kept,
+)
 from drm.checkpoint import looks_like
 from drm.comfy_layout import PREFIX, from_comfy_layout, is_kept_in_comfy_layout
 
@@ -44,8 +51,10 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     image_taps: tuple[int, ...] = (),
     text_taps: tuple[int, ...] = (),
+    coarse: int = 1,
 ) -> TruncatedSD3:
-    """The first num_kept blocks of an SD3-family checkpoint or diffusers folder, in dtype on device.
+    """The first num_kept blocks of an SD3-family checkpoint or diffusers folder, in dtype on device. coarse:
+    see drm.backbone.coarsened.
 
     Raises BaseError, in one sentence, when base is missing, damaged, of another family, or has too few
     blocks.
@@ -57,9 +66,10 @@ def load_backbone(
     else:
         config, weights = _read_single_file(path, num_kept, keeps_text, device, dtype)
     try:
-        return backbone_from_state_dict(
-            weights, BackboneConfig.from_diffusers(config, num_kept, image_taps, text_taps)
-        )
+        config = BackboneConfig.from_diffusers(config, num_kept, image_taps, text_taps)
+        if coarse != 1:
+            weights, config = coarsened(weights, config, coarse)
+        return backbone_from_state_dict(weights, config)
     except ValueError as error:
         raise BaseError(f"{path.name} cannot be the base: {error}") from error
 

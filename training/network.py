@@ -51,7 +51,7 @@ def build(config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.f
     if is_reward_model(config.base):
         drm = load_drm(config.base)
     else:
-        backbone = load_backbone(config.base, config.num_kept)
+        backbone = load_backbone(config.base, config.num_kept, coarse=config.coarse)
         drm = fresh(backbone, config.head_hidden, seed=seed, random_backbone=config.random_backbone)
     drm = with_early_heads(drm, config, seed=seed)
     return make_trainable(drm, config, seed=seed, frozen_dtype=frozen_dtype)

@@ -117,7 +117,9 @@ def test_a_score_does_not_depend_on_the_batch(inside, score):
 def test_odd_sizes_are_scored(inside, score, size):
     samples = torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(0))
     scores = score({"samples": samples})[0]
-    padded = torch.nn.functional.pad(model_space(samples), (0, size[1] % 2, 0, size[0] % 2), mode="circular")
+    patch = inside.drm.model.backbone.config.patch_size
+    missing = (0, -size[1] % patch, 0, -size[0] % patch)
+    padded = torch.nn.functional.pad(model_space(samples), missing, mode="circular")
     torch.testing.assert_close(torch.tensor(scores), own_score(inside, padded, 0.0), atol=1e-4, rtol=0)
 
 

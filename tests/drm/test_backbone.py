@@ -154,3 +154,32 @@ def test_too_large_latents_are_refused(transformer):
 def test_more_blocks_than_there_are(transformer, num_kept):
     with pytest.raises(ValueError, match="wanted 1 to 3"):
         backbone_from_transformer(transformer, num_kept)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_coarse_token_starts_as_the_mean_of_the_fine_ones(transformer, factor):
+    fine = backbone_from_transformer(transformer, 2)
+    coarse = backbone_from_transformer(transformer, 2, coarse=factor)
+    assert coarse.config.patch_size == 2 * factor
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        grid = fine.pos_embed(latents).transpose(1, 2).unflatten(2, (8, 8))
+        wanted = torch.nn.functional.avg_pool2d(grid, factor).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(coarse.pos_embed(latents), wanted, atol=1e-5, rtol=1e-5)
+    for name, value in fine.transformer_blocks.state_dict().items():
+        assert torch.equal(value, coarse.transformer_blocks.state_dict()[name])
+
+
+def test_coarse_tokens_run_and_say_what_sizes_they_take(transformer):
+    coarse = backbone_from_transformer(transformer, 2, coarse=2)
+    shapes = (3, 16, 12, 8), (3,), (3, 7, 48), (3, 256)
+    tokens = coarse(*(torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes))
+    assert tokens.shape == (3, 6, 128)
+    with pytest.raises(ValueError, match="multiples of 4, that is pictures in multiples of 32"):
+        coarse.token_grid(14, 8)
+
+
+@pytest.mark.parametrize("factor", [0, 5])
+def test_positions_that_cannot_be_shared_out(transformer, factor):
+    with pytest.raises(ValueError, match=f"cannot be {factor} times as coarse: wanted a divisor of the 24"):
+        backbone_from_transformer(transformer, 2, coarse=factor)

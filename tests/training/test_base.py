@@ -301,3 +301,17 @@ def test_a_folder_whose_weights_are_not_its_configs(bases, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "dual_attention_layers": [0, 1]}))
     with pytest.raises(BaseError, match=r"transformer_blocks.1.\S+ (is missing|has shape)"):
         load_backbone(tmp_path, 2)
+
+
+@pytest.mark.parametrize("layout", ["bare.safetensors", "alone"])
+def test_coarse_tokens_of_a_base(transformer, bases, layout):
+    wanted = backbone_from_transformer(transformer, 2, coarse=2)
+    found = load_backbone(bases / layout, 2, coarse=2)
+    assert found.config.patch_size == wanted.config.patch_size == 4
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, atol=1e-6, rtol=1e-6)
+
+
+def test_tokens_too_coarse_for_a_base(bases):
+    with pytest.raises(BaseError, match=r"bare.safetensors cannot be the base: tokens cannot be 7 times"):
+        load_backbone(bases / "bare.safetensors", 2, coarse=7)

@@ -192,3 +192,18 @@ def test_tables_by_depth():
     # In pair 1 the finally better side is 0.5 behind early on, and in pair 2 too.
     assert found["decisive"] == {"1": {"sigma": [0.25, 0.75], "lead": [0.5, 0.5]}}
     assert "decisive" not in calibrated(win[:, 1:], lose[:, 1:], sigma, (2,), bins=2)
+
+
+def test_coarse_tokens_are_learned_and_come_back(files: Path):
+    config = make_config(files, model={"coarse": 2}, out=str(files / "coarse"), steps=2)
+    start = network.build(config.model, seed=0)
+    assert start.backbone.pos_embed.proj.weight.requires_grad
+    train(config)
+    drm = load_drm(Path(config.train.out) / "reward.safetensors")
+    assert drm.backbone.config.patch_size == 4
+    learned, began = (m.backbone.pos_embed.proj.weight for m in (drm, start))
+    assert not torch.allclose(learned, began, atol=1e-4)
+    scores = drm.score(
+        torch.randn(2, 16, 8, 8), 0.5, torch.randn(2, 7, drm.prompt_dim), torch.randn(2, drm.pooled_dim)
+    )
+    assert torch.isfinite(scores).all()

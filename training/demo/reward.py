@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from drm import DRM, flow, preference, save_drm, stepwise
-from drm.backbone import BackboneConfig, TruncatedSD3, backbone_from_transformer
+from drm.backbone import TruncatedSD3, backbone_from_transformer
 from drm.head import ConvHead
 from training.demo import data, text
 from training.demo.generator import (
@@ -32,7 +32,7 @@ from training.demo.generator import (
 from training.demo.pairs import Pool, ask, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
 
-KEPT = 3
+KEPT, COARSE = 3, 2
 HIDDEN = 128
 # Three quarters of what it learns from are two drawings or two augmented icons that raters told apart.
 MIX = {
@@ -60,13 +60,14 @@ REPORTED = (
 SURE = 0.75
 
 
-def build_drm(generator_folder: Path, kept: int, *, random_backbone: bool) -> DRM:
-    """The generator's first `kept` blocks (or fresh weights of that shape) under fresh heads."""
+def build_drm(generator_folder: Path, kept: int, coarse: int, *, random_backbone: bool) -> DRM:
+    """The generator's first `kept` blocks on tokens `coarse` times the side (or fresh weights of that shape)
+    under fresh heads.
+    """
     generator, _ = load_generator(generator_folder)
+    backbone = backbone_from_transformer(generator.transformer, kept, coarse=coarse)
     if random_backbone:
-        backbone = TruncatedSD3(BackboneConfig.from_diffusers(generator.transformer.config, kept))
-    else:
-        backbone = backbone_from_transformer(generator.transformer, kept)
+        backbone = TruncatedSD3(backbone.config)
     width = backbone.config.width
     early = {depth: ConvHead(width, HIDDEN) for depth in range(1, kept)}
     return DRM(backbone.requires_grad_(True), ConvHead(width, HIDDEN), early_heads=early)
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32, help="pairs a step")
     parser.add_argument("--kept", type=int, default=KEPT, help="blocks kept of the generator's four")
+    parser.add_argument("--coarse", type=int, default=COARSE, help="side of a token over the generator's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random-backbone", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -188,7 +190,7 @@ def main() -> None:
     demo = data.load(args.data)
     pool = make_pool(args.generator, args.data, args.autoencoder)
     generator, tokenizer = load_generator(args.generator)
-    drm = build_drm(args.generator, args.kept, random_backbone=args.random_backbone)
+    drm = build_drm(args.generator, args.kept, args.coarse, random_backbone=args.random_backbone)
     compiled = torch.compile(drm.forward_depths) if args.compile else drm.forward_depths
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,7 +234,7 @@ def main() -> None:
         decay=0.02,
         weight_decay=0.01,
         ema=0.995,
-        save_every=250,
+        save_every=1000,
         seed=args.seed,
     )
     averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
