@@ -6,7 +6,8 @@
 Naive is the model's own forward over all candidates, with their prompts repeated, in bfloat16 (and on the CPU
 under autocast). Shared is what samplers use, drm.scoring.Scorer, at a new sigma every call, so that what is
 shared is paid for each time; depth d stops every candidate at the head after block d, and "halved" lets half
-of those that are left go on. A model without early heads gets random ones, which cost the same. Operations
+of those that are left go on. A model without early heads gets random ones, which cost the same. Patches of
+another side are those of a model with random weights: what coarse tokens save. Operations
 are counted by torch's FlopCounterMode.
 
 With a GPU, the reward model of SD3.5-Medium's full size with random weights in bfloat16: blocks plain,
@@ -37,6 +38,7 @@ from benchmarks.scoring_ways import (
     peak_memory,
     products,
     row_of,
+    tokens_ways,
     ways,
 )
 from drm import DRM, load_drm
@@ -98,16 +100,22 @@ def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
     rows = []
     for k in BRANCHES:
         case = Case.draw(exact, prompts, k, 16, exact.metadata.get("text_length", 20), device)
-        counted = {name: operations(work) for name, work in ways(exact, case).items()}
-        contestants = {name: clocked(work, device) for name, work in ways(half, case).items()}
+        other = 2 if exact.backbone.config.patch_size > 2 else 4
+        works = ways(exact, case) | tokens_ways(exact, case, other)
+        counted = {name: operations(work) for name, work in works.items()}
+        works = ways(half, case) | tokens_ways(half, case, other)
+        contestants = {name: clocked(work, device) for name, work in works.items()}
 
         def autocast(case: Case = case) -> Tensor:
             with bfloat16_autocast("cpu"):
                 return case.naive(exact)
 
-        tokens = torch.randn(prompts * k, 64, exact.head.dim).bfloat16()
+        grid = exact.backbone.token_grid(16, 16)
+        tokens = torch.randn(prompts * k, grid[0] * grid[1], exact.head.dim).bfloat16()
         contestants["naive, autocast"] = clocked(autocast, device)
-        contestants["head alone"] = clocked(lambda tokens=tokens: exact.head(tokens, 8, 8), device)
+        contestants["head alone"] = clocked(
+            lambda tokens=tokens, grid=grid: exact.head(tokens, *grid), device
+        )
         contestants["prepare alone"] = clocked(
             lambda case=case: half.prepare(0.5, case.embeds, case.pooled), device
         )
@@ -180,7 +188,7 @@ def large_rows(config: BackboneConfig, sizes: dict[str, int], tokens: int, round
     drm = random_drm(config, device)
     for (size, side), k in itertools.product(sizes.items(), BRANCHES):
         case = Case.draw(drm, 1, k, side, tokens, device)
-        works = ways(drm, case)
+        works = ways(drm, case) | tokens_ways(drm, case, 2 * config.patch_size)
         counted = {name: operations(work) for name, work in works.items()}
         compiled = compiled_ways(drm, case, device)
         works |= compiled

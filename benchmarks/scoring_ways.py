@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.branching import ratio
 from drm import DRM
-from drm.backbone import BackboneConfig
+from drm.backbone import BackboneConfig, TruncatedSD3
 from drm.compiling import CompiledSteps, compile_steps
+from drm.head import ConvHead
 from drm.prepared import Steps
 from drm.scoring import Scorer
 
@@ -75,6 +76,22 @@ def ways(drm: DRM, case: Case) -> dict[str, Callable[[], object]]:
     early = {f"depth {depth}": staged(stopping_at(depth)) for depth in drm.depths[:-1]}
     shared = {"shared": lambda: scorer(case.latents, next(sigmas), case.item)}
     return {"naive": lambda: case.naive(drm), **shared, **early, "halved": staged(halving)}
+
+
+def with_patches(drm: DRM, side: int) -> DRM:
+    """A model of this one's shape and dtype with patches of another side, its weights random."""
+    config, device = drm.backbone.config, drm.head.out.weight.device
+    reach = config.patch_size * config.pos_embed_max_size
+    changed = dataclasses.replace(config, patch_size=side, pos_embed_max_size=reach // side)
+    with device:
+        other = DRM(TruncatedSD3(changed).to(drm.backbone.dtype), ConvHead(drm.head.dim, drm.head.hidden))
+    return other.requires_grad_(False).eval()
+
+
+def tokens_ways(drm: DRM, case: Case, side: int) -> dict[str, Callable[[], object]]:
+    """Naive and shared scoring with patches of that side."""
+    found, name = ways(with_patches(drm, side), case), f"patches of {side}"
+    return {f"{name}, {way}": found[way] for way in ("naive", "shared")}
 
 
 def compiled_ways(drm: DRM, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:

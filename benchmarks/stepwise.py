@@ -73,12 +73,15 @@ def all_ways() -> list[Way]:
         Way(name="k = 4, shared", k=4),
         Way(name="k = 4, early exit", k=4, search=Search()),
         Way(name="k = 4, first half", k=4, end=0.5, search=Search()),
-        Way(name="k = 4, middle", k=4, start=0.3, end=0.8, search=Search()),
+        Way(name="k = 4, to 80 %", k=4, end=0.8, search=Search()),
+        Way(name="k = 4, 10 to 90 %", k=4, start=0.1, end=0.9, search=Search()),
+        Way(name="k = 4, 30 to 80 %", k=4, start=0.3, end=0.8, search=Search()),
         Way(name="k = 4, every 2nd", k=4, search=Search(stride=2)),
         Way(name="k = 4 falling to 2", k=4, search=Search(last_branches=2)),
         Way(name="k = 4, skip below 0.1", k=4, search=Search(skip_below=0.1)),
         Way(name="k = 4, good enough 0.8", k=4, search=Search(good_enough=0.8)),
         Way(name="k = 8, every 4th", k=8, search=Search(stride=4)),
+        Way(name="k = 8", k=8),
     ]
     ways += [Way(name=f"best of {n}", runs=n) for n in (2, 3, 4)]
     ways += [

@@ -34,14 +34,14 @@ from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT, COARSE = 3, 2
 HIDDEN = 128
-# Three quarters of what it learns from are two drawings or two augmented icons that raters told apart.
+# Five eighths of what it learns from are two drawings or two augmented icons that raters told apart.
 MIX = {
     "wrong": 0.125,
-    "degraded": 0.0625,
+    "degraded": 0.125,
     "generated early": 0.0625,
     "drawn": 0.0625,
     "confused": 0.125,
-    "mistaken": 0.125,
+    "mistaken": 0.0625,
     "augmented": 0.0625,
     "mixed": 0.125,
     "preferred": 0.25,
