@@ -6,7 +6,8 @@
 Every way of sampling starts from the same noise with the same prompts, batch by batch side by side, so its
 time divided by plain sampling's is a ratio measured in one run. How pictures are judged: benchmarks.judging.
 Differences are paired with plain sampling, prompt by prompt. Passes count forwards of the generator's four
-blocks; scoring costs a quarter of one for every block and candidate. "Outside" is the share of the time spent
+blocks; scoring costs a quarter of one for every block and candidate, times the reward model's share of the
+generator's tokens. "Outside" is the share of the time spent
 in neither network.
 
 `default_k4` compares the default of the node (the preset `balanced`) with greedy k = 4 at every step,
@@ -31,12 +32,13 @@ from benchmarks.judging import Prompt, choose_prompts, drm_scorer, embed, fresh_
 from drm import DRM, flow, load_drm, stepwise
 from drm.scoring import Scorer
 from drm.search import PRESETS, Search
+from training.demo import text
 from training.demo.export import REWARD, Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
 from training.shards import replace_atomically
 
 SCORE_CHUNK = 96
-BLOCKS = 4
+BLOCKS, LATENT = 4, 16
 NO_EXIT = Search(early_exit=False)
 
 
@@ -145,6 +147,7 @@ class Bench:
     def __init__(self, family: Family, fast: DRM, setting: Setting) -> None:
         self.family, self.fast, self.setting = family, fast, setting
         self.plain: dict[tuple[int, ...], Sampled] = {}
+        self.share = token_share(fast)
 
     def scorer(self, captions: list[str], naive: bool) -> Timed:
         if naive:
@@ -176,7 +179,10 @@ class Bench:
         networks = denoise.seconds + getattr(score, "total", score.seconds)
         calls = trace.spent["denoise"] * (1 if self.setting.cfg == 1 else 2)
         return Sampled(
-            latents, seconds, seconds - networks, calls + scored_passes(trace.spent["scored"]) / len(seeds)
+            latents,
+            seconds,
+            seconds - networks,
+            calls + self.share * scored_passes(trace.spent["scored"]) / len(seeds),
         )
 
     def best_of(self, captions: list[str], seeds: list[int], way: Way) -> Sampled:
@@ -194,12 +200,18 @@ class Bench:
         table = torch.stack([score(run.latents, 0.0, index) for run in drawn])
         latents = torch.stack([run.latents for run in drawn])[table.argmax(0), index]
         choosing = time.perf_counter() - begun
-        passes = sum(run.passes for run in drawn) + way.runs * (BLOCKS - 1) / BLOCKS
+        passes = sum(run.passes for run in drawn) + self.share * way.runs * (BLOCKS - 1) / BLOCKS
         seconds, outside = (sum(getattr(run, name) for run in drawn) for name in ("seconds", "outside"))
         return Sampled(latents, seconds + choosing, outside, passes)
 
     def sample(self, captions: list[str], seeds: list[int], way: Way) -> Sampled:
         return (self.best_of if way.runs > 1 else self.once)(captions, seeds, way)
+
+
+def token_share(drm: DRM) -> float:
+    """Tokens of picture and text that the reward model sees, over the generator's."""
+    rows, columns = drm.backbone.token_grid(LATENT, LATENT)
+    return (rows * columns + text.LENGTH) / ((LATENT // 2) ** 2 + text.LENGTH)
 
 
 def scored_passes(scored: Counter[str] | dict[str, int]) -> float:

@@ -45,7 +45,8 @@ def draw(rows: list[dict], axes: Axes, key: str) -> None:
     if key == "drm_gain":
         for row in alone:
             place = row["time_ratio"], scale * row[key][0]
-            axes.annotate(row["way"].removeprefix("k = 4, "), place, fontsize=6, color="grey")
+            name = row["way"].removeprefix("k = 4, ")
+            axes.annotate(name, place, xytext=(5, -2), textcoords="offset points", fontsize=6, color="grey")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(title=title, xlabel="time / plain sampling", ylabel=label)
     axes.grid(alpha=0.3)

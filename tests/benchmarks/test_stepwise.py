@@ -110,11 +110,13 @@ def test_a_small_table_has_a_row_for_every_way(bench):
     assert plain["judge_gain"] == [0, 0, 0]
     assert plain["passes"] == 8
     # two candidates on three of four steps, three of four blocks each
-    assert by_name["k = 2"]["passes"] == 8 + 2 * 3 * 0.75
+    assert bench.share == pytest.approx((16 + 20) / (64 + 20))
+    scored = 0.75 * bench.share
+    assert by_name["k = 2"]["passes"] == pytest.approx(8 + 2 * 3 * scored)
     assert by_name["shared"]["passes"] == by_name["k = 2"]["passes"]
     # both paths have a velocity once there are two, and each draws two; the finished two are scored as well
-    assert by_name["beam"]["passes"] == 2 + 3 * 4 + (2 + 4 + 4 + 2) * 0.75
-    assert by_name["best of 2"]["passes"] == 2 * 8 + 2 * 0.75
+    assert by_name["beam"]["passes"] == pytest.approx(2 + 3 * 4 + (2 + 4 + 4 + 2) * scored)
+    assert by_name["best of 2"]["passes"] == pytest.approx(2 * 8 + 2 * scored)
     # best-of-N chooses by the DRM among pictures that include the plain one
     assert by_name["best of 2"]["drm_gain"][0] >= -0.1
     assert stepwise.as_markdown(rows).count("\n") == 6
