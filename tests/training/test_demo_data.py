@@ -65,6 +65,22 @@ def test_the_split_never_moves(demo):
     )
 
 
+def test_what_is_kept_aside_is_half_unseen_and_never_practised(demo):
+    aside = data.kept_aside(len(demo.names))
+    icons = np.flatnonzero(demo.concept >= 0)
+    held_out = set(zip(demo.concept[demo.held_out].tolist(), demo.style[demo.held_out].tolist(), strict=True))
+    assert len(aside) == len(set(aside)) == 200
+    assert all(pair in held_out for pair in aside[::2])
+    known = aside[1::2]
+    assert not set(known) & held_out
+    assert {concept for concept, _ in known} <= set(data.held_out_concepts(len(demo.names)))
+    assert not set(aside) & set(data.practice(list(held_out)))
+    roles = data.roles(demo, icons)
+    counts = [mask.sum().item() for mask in (roles.held_out, roles.practice, roles.aside, roles.foreign)]
+    assert counts == [200, 100, 200, 4 * data.HELD_OUT_CONCEPTS]
+    assert not (roles.practice & (roles.aside | ~roles.held_out)).any()
+
+
 def test_missing_data_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"training\.demo\.data"):
         data.load(tmp_path)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from training.demo import text
 from training.demo.data import STYLES, read_concepts
+from training.demo.drawings import MIXED, MIXED_UP_TO, augmented, draw_mixed, draw_way, mixtures
 from training.demo.export import SAMPLE_WORDS, autoencoder_from_taesd, load_family, taesd_layout
 from training.demo.generator import draw
 from training.demo.judge import Judge, judge_pictures
@@ -78,3 +80,46 @@ def test_judge_reports_probability_and_rank():
     expected = torch.stack([e / (1 + e + e**2), e**3 / (e**3 + 2)])
     torch.testing.assert_close(probability, expected)
     assert rank.tolist() == [2, 1]
+
+
+def test_a_mixed_caption_lies_between_two(family):
+    captions, others, seeds = ["pumpkin, fluent style", "cat, noto style"], ["star, flat style"] * 2, [1, 2]
+    way = ("final", 3, 1.5, 0.7, 0.5)
+
+    def mixed(share):
+        shares = torch.full((2,), share)
+        return draw_mixed(family.generator, family.tokenizer, captions, others, shares, seeds, way)
+
+    def plain(texts):
+        return draw_way(family.generator, family.tokenizer, texts, seeds, way)
+
+    torch.testing.assert_close(mixed(0.0), plain(captions), atol=0.05, rtol=0)
+    torch.testing.assert_close(mixed(1.0), plain(others), atol=0.05, rtol=0)
+    between = mixed(0.5)
+    assert (between - plain(captions)).abs().mean() > 0.05
+    assert (between - plain(others)).abs().mean() > 0.05
+
+
+def test_what_is_mixed_repeats_with_its_seed_and_stays_with_the_icons_given():
+    icons = torch.tensor([3, 5, 8])
+    mine, theirs, share = mixtures(icons, 7)
+    assert len(mine) == len(theirs) == len(share) == MIXED
+    assert set(mine) == set(theirs) == {3, 5, 8}
+    assert share.min() >= 0
+    assert share.max() <= MIXED_UP_TO
+    assert mixtures(icons, 7)[0] == mine
+    assert mixtures(icons, 8)[0] != mine
+
+
+def test_augmented_icons_are_encoded_as_the_generator_s_are(family):
+    class Demo:
+        images = np.full((2, 128, 128, 3), 255, dtype=np.uint8)
+
+    Demo.images[1, 32:96, 32:96] = (200, 30, 30)
+    latents = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics)
+    assert latents.shape == (24, 16, 16, 16)
+    assert torch.equal(latents, augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics))
+    drawn = family.decode(latents).astype(float)
+    red = drawn[..., 0] - drawn[..., 1]
+    assert red[:12].mean() > red[12:].mean() + 10
+    assert drawn[:12].std(axis=0).mean() > 10
