@@ -32,5 +32,5 @@ format: env ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: env ## the table of the README, about 20 minutes (ARGS="--prompts 50 --ways balanced")
+bench: env ## the table of the README, about 25 minutes (ARGS="--prompts 50 --ways balanced")
 	@$(RUN) -m benchmarks.stepwise $(ARGS)

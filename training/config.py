@@ -32,9 +32,9 @@ class ConfigError(ValueError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """`base`: an SD3 or SD3.5 checkpoint (one file or a diffusers folder), or a reward model to go on from,
-    which then decides depth and head. `train`: all weights, a LoRA on the attention and the head, or the
-    head alone. `random_backbone` keeps the base's shape and none of its weights. `early_heads`: further heads
-    after these blocks, counted from 1; the losses of all heads are added up, and early ones teach the
+    which then decides depth, tokens and head. `train`: all weights, a LoRA on the attention and the head, or
+    the head alone. `random_backbone` keeps the base's shape and none of its weights. `early_heads`: further
+    heads after these blocks, counted from 1; the losses of all heads are added up, and early ones teach the
     backbone too, because what its first blocks keep for the last head alone says little halfway. `coarse`:
     the side of a token over the base's; 2 makes four times fewer of them, for a model that scores several
     times as fast.
