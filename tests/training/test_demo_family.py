@@ -119,6 +119,9 @@ def test_augmented_icons_are_encoded_as_the_generator_s_are(family):
     latents = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics)
     assert latents.shape == (24, 16, 16, 16)
     assert torch.equal(latents, augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics))
+    mean, std = family.statistics["mean"], family.statistics["std"]
+    other = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, {"mean": mean + 1, "std": 2 * std})
+    torch.testing.assert_close(other, (latents * std - 1) / (2 * std))
     drawn = family.decode(latents).astype(float)
     red = drawn[..., 0] - drawn[..., 1]
     assert red[:12].mean() > red[12:].mean() + 10
