@@ -123,6 +123,21 @@ def test_odd_sizes_are_scored(inside, score, size):
     torch.testing.assert_close(torch.tensor(scores), own_score(inside, padded, 0.0), atol=1e-4, rtol=0)
 
 
+def test_odd_sizes_are_scored_with_coarse_tokens(inside, score):
+    backbone, model = inside.pack.module("drm.backbone"), inside.drm.model
+    weights, config = backbone.coarsened(model.backbone.state_dict(), model.backbone.config, 2)
+    coarse = backbone.TruncatedSD3(config)
+    coarse.load_state_dict(weights)
+    drm = type(model)(coarse, model.head, model.metadata).requires_grad_(False).eval()
+    patcher = type(inside.drm)(drm, inside.drm.load_device, inside.drm.offload_device)
+    samples = torch.randn(2, 16, 10, 7, generator=torch.Generator().manual_seed(0))
+    scores = score({"samples": samples}, drm=patcher)[0]
+    padded = torch.nn.functional.pad(model_space(samples), (0, 1, 0, 2), mode="circular")
+    embeds, options = inside.positive[0]
+    wanted = drm.score(padded, 0.0, embeds, options["pooled_output"])
+    torch.testing.assert_close(torch.tensor(scores), wanted, atol=1e-4, rtol=0)
+
+
 def test_out_of_memory_halves_the_chunk(inside, score, monkeypatch):
     import comfy.model_management as mm
 
