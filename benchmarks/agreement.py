@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.judging import Prompt, embed, fresh_prompts, interval
+from benchmarks.judging import KINDS, Prompt, asked_prompts, embed, interval
 from drm import DRM, flow, load_drm
 from training.demo.drawings import draw_way
 from training.demo.export import REWARD, Family, load_family
@@ -28,7 +28,7 @@ from training.loop import bfloat16_autocast
 from training.shards import replace_atomically
 
 DRAWINGS = 4
-WAY = ("final", 12, 1.5, 0.7, 0.5)
+WAY = ("final", 20, 1.5, 0.7, 0.9)
 SIGMAS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9)
 NEAR, CLEAR = 0.02, 0.2
 BATCH = 50
@@ -85,12 +85,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--drm", type=Path, help="another reward model of this family")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--of", choices=KINDS, default="free", help="see benchmarks.judging")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/agreement.json"))
     args = parser.parse_args()
 
     family = load_family(args.models)
     drm = load_drm(args.drm or args.models / REWARD).requires_grad_(False)
-    prompts = fresh_prompts(family, args.prompts)
+    prompts = asked_prompts(family, args.of, args.prompts)
     latents, judged = draw(family, prompts)
     text, rows = embed(family, [prompt.caption for prompt in prompts]), []
     for sigma in SIGMAS:
@@ -108,7 +109,13 @@ def main() -> None:
                 + ", ".join(f"{n} {100 * row[n][0]:.1f}" for n in ("all", "clear", "best_of_4_gain"))
             )
     oracle = interval((judged.amax(1) - judged.mean(1)).numpy(), np.random.default_rng(0))
-    result = {"prompts": len(prompts), "drawings": DRAWINGS, "oracle_best_of_4_gain": oracle, "rows": rows}
+    result = {
+        "prompts": len(prompts),
+        "of": args.of,
+        "drawings": DRAWINGS,
+        "oracle_best_of_4_gain": oracle,
+        "rows": rows,
+    }
     replace_atomically(args.out, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     print(f"choosing by the judge itself: {100 * oracle[0]:.1f} points -> {args.out}")
 

@@ -1,10 +1,12 @@
 """What the demo family is asked for in the benchmarks, and how its pictures are judged.
 
-Prompts: by default 200 that no reward model was trained on, half of them pairs of concept and style that the
-generator never saw either. Scores: the DRM's own on the finished latent (sigma 0); the independent judge's
-probability of the concept that was asked for, how often it ranks it first, and its median rank. Diversity:
-mean distance 1 - cosine of the judge's features between two seeds of a prompt. Intervals: 95 %, bootstrap
-over prompts.
+Prompts: by default 200 that name a concept and no style, so that drawings of one prompt differ and there is
+something to choose; neither reward models nor policies learn from them. Or 200 of a concept and a style
+(`fresh_prompts`), which leave little room: the generator draws each nearly one way.
+
+Scores: the DRM's own on the finished latent (sigma 0); the independent judge's probability of the concept
+that was asked for, how often it ranks it first, and its median rank. Diversity: mean distance 1 - cosine of
+the judge's features between two seeds of a prompt. Intervals: 95 %, bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from training.demo.judge import judge_pictures
 from training.loop import bfloat16_autocast
 
 BOOTSTRAPS = 2000
+KINDS = ("free", "styled", "known")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,24 @@ def unseen_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
     practised = data.practice(held_out)
     rest = sorted(set(held_out) - set(practised))
     return tuple([_prompt(family, *pair) for pair in half] for half in (practised, rest))
+
+
+def free_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts that name a concept and no style: those that may be learned from, and those that none of the
+    demo's reward models and policies learns from (see `data.asked_freely`).
+    """
+    words = {name: synonyms[0] for name, synonyms in read_concepts()}
+    asked = set(data.asked_freely(len(family.concepts)))
+    everything = [Prompt(words[name], concept) for concept, name in enumerate(family.concepts)]
+    learned = [prompt for prompt in everything if prompt.concept not in asked]
+    return learned, [prompt for prompt in everything if prompt.concept in asked]
+
+
+def asked_prompts(family: Family, kind: str, count: int) -> list[Prompt]:
+    """Prompts of a benchmark: "free", "styled", or what the generator was trained with, "known"."""
+    if kind == "free":
+        return free_prompts(family)[1][:count]
+    return choose_prompts(family, count) if kind == "known" else fresh_prompts(family, count)
 
 
 def fresh_prompts(family: Family, count: int = 200) -> list[Prompt]:

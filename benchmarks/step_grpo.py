@@ -5,11 +5,11 @@
 
 Every update sees `batch` trajectories' worth of policy passes: Step-GRPO from `batch` prompts with k siblings
 at each step, GRPO from batch / G prompts with G trajectories each. Same LoRA, optimiser, steps, CFG and
-noise; the learning rate is each way's own, from the same list. It practises on 100 captions of pictures that
-the generator never saw (or, with prompts=all, on what it knows); 50 others are held out: they are drawn with
-plain sampling and fixed seeds, scored by the DRM that was optimised (clean latents) and by the independent
-judge, with the diversity of two seeds of a prompt. Passes count latents that went through the policy forward
-and backward.
+noise; the learning rate is each way's own, from the same list. It practises on captions that name a concept
+and no style (or, with prompts=unseen, on 100 pairs of both that the generator never saw, or on all it knows);
+50 others are held out: they are drawn with plain sampling and fixed seeds, scored by the DRM that was
+optimised (clean latents) and by the independent judge, with the diversity of two seeds of a prompt. Passes
+count latents that went through the policy forward and backward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ import numpy as np
 import peft
 import torch
 
-from benchmarks.judging import Prompt, choose_prompts, drm_scorer, measure, unseen_prompts
+from benchmarks.judging import (
+    Prompt,
+    choose_prompts,
+    drm_scorer,
+    free_prompts,
+    measure,
+    unseen_prompts,
+)
 from drm import flow, grpo, stepwise
 from drm.grpo import GRPOSettings
 from drm.lora import save_lora
@@ -60,7 +67,7 @@ class Setting:
     kind: str = "sde"
     sibling: str = "random"
     end: float = 1.0
-    prompts: str = "unseen"
+    prompts: str = "free"
     every: int = 10
 
     @property
@@ -145,10 +152,13 @@ class Policy:
 
 
 def split_prompts(family: Family, which: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and those of every eighth concept kept aside. "unseen": only (concept, style)
-    pairs
-    that the generator never saw, where it has most to learn.
+    """Prompts to learn from, and those kept aside. "free": concepts without a style, of which samplers draw
+    this and that; "unseen": (concept, style) pairs that the generator never saw; "all": every such pair, each
+    eighth concept aside.
     """
+    if which == "free":
+        learned, asked = free_prompts(family)
+        return learned, asked[:EVALUATED]
     if which == "unseen":
         practised, rest = unseen_prompts(family)
         return practised, rest[:EVALUATED]

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/grpo"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3], help="one, or one for each way")
-    parser.add_argument("--prompts", default="unseen")
+    parser.add_argument("--prompts", default="free")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/step_grpo.json"))
     args = parser.parse_args()
     all_runs, rates = [], dict(zip(WAYS, itertools.cycle(args.rates), strict=False))

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.judging import Prompt, choose_prompts, drm_scorer, embed, fresh_prompts, interval, measure
+from benchmarks.judging import KINDS, Prompt, asked_prompts, drm_scorer, embed, interval, measure
 from drm import DRM, flow, load_drm, stepwise
 from drm.scoring import Scorer
 from drm.search import PRESETS, Search
@@ -286,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--known", action="store_true", help="prompts the generator learned")
+    parser.add_argument("--of", choices=KINDS, default="free", help="see benchmarks.judging")
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
@@ -299,7 +299,7 @@ def main() -> None:
 
     family = load_family(args.models)
     fast = load_drm(args.models / REWARD, dtype=torch.bfloat16).requires_grad_(False)
-    prompts = choose_prompts(family, args.prompts) if args.known else fresh_prompts(family, args.prompts)
+    prompts = asked_prompts(family, args.of, args.prompts)
     changes = {name: type(getattr(Way(name=""), name))(v) for name, v in (p.split("=") for p in args.set)}
     ways = [
         dataclasses.replace(way, **changes) if way.k else way
@@ -313,7 +313,7 @@ def main() -> None:
     report = {
         "setting": dataclasses.asdict(setting),
         "prompts": len(prompts),
-        "known": args.known,
+        "of": args.of,
         "seeds": args.seeds,
         "device": "CPU, 2 cores",
         "rows": rows,

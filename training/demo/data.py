@@ -36,6 +36,7 @@ SIZE, INNER = 128, 116
 HELD_OUT = 200
 SPLIT_SEED = 20260  # the split is part of the data set: changing it makes published figures incomparable
 HELD_OUT_CONCEPTS = 48
+ASKED_FREELY = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,13 @@ def kept_aside(concepts: int) -> list[tuple[int, int]]:
     turns = [(c, (c + turn) % len(STYLES)) for turn in range(len(STYLES)) for c in range(concepts)]
     known = [pair for pair in turns if pair[0] in asked and pair not in held_out]
     return [pair for both in zip(unseen, known, strict=False) for pair in both]
+
+
+def asked_freely(concepts: int) -> list[int]:
+    """The concepts that the benchmarks ask for without naming a style, ascending: no model but the generator
+    learns from such captions of theirs.
+    """
+    return sorted(random.Random(SPLIT_SEED + 2).sample(range(concepts), ASKED_FREELY))
 
 
 @dataclasses.dataclass(frozen=True)

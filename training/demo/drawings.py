@@ -64,7 +64,17 @@ HARD, HARD_TIMES, HARD_WAY = 320, 6, ("final", 12, 1.5, 0.7, 0.75)
 AGAIN_WAY = ("final", 12, 1.5, 0.7, 0.5)
 # parts of so many drawings; a caption's embedding is moved up to so far towards another's
 MIXED_PARTS, MIXED, MIXED_WAY, MIXED_UP_TO = 3, 2000, ("final", 8, 1.5, 0.7, 0.5), 0.5
-AUGMENTED_TIMES = 6
+AUGMENTED_PARTS, AUGMENTED_TIMES = 9, 3
+# parts of captions that name no style, each caption drawn so many times in one way
+FREE_WAYS = (
+    ("final", 14, 1.5, 0.0, 0.0),
+    ("final", 14, 1.5, 0.7, 0.9),
+    ("final", 14, 1.0, 0.0, 0.0),
+    ("final", 14, 1.0, 0.7, 0.9),
+)
+FREE_TIMES = 16
+# each caption of a style so many times without guidance, where drawings differ more
+LOOSE_TIMES, LOOSE_WAY = 4, ("final", 14, 1.0, 0.7, 0.5)
 # parts made by samplers as people set them, so that two of their drawings differ by luck alone
 ALIKE = ("0", "1", "2", "5", "hard", "again")
 BATCH = 64
@@ -149,6 +159,19 @@ def captions_of(demo: data.DemoData, icons: list[int]) -> list[str]:
     return [demo.caption(icon) for icon in icons]
 
 
+def free_icons(concept: torch.Tensor) -> list[int]:
+    """The first icon of each concept whose caption without a style may be learned from; concept (N,)."""
+    asked = set(data.asked_freely(int(concept.max()) + 1))
+    first = {int(c): i for i, c in reversed(list(enumerate(concept)))}
+    return [first[c] for c in sorted(first) if c not in asked]
+
+
+def free_captions(demo: data.DemoData, concepts: list[int], seed: int) -> list[str]:
+    """A caption that names no style for each of these concepts."""
+    rng = torch.Generator().manual_seed(seed)
+    return [text.random_caption(demo.words[c], 0, rng, empty=0.0, unstyled=1.0) for c in concepts]
+
+
 def in_batches(make: Callable[[int, int], torch.Tensor], count: int, name: str) -> torch.Tensor:
     """make(first, last) of `count` pictures, a batch at a time."""
     starts = tqdm(range(0, count, BATCH), desc=name, mininterval=20)
@@ -157,10 +180,14 @@ def in_batches(make: Callable[[int, int], torch.Tensor], count: int, name: str) 
 
 @torch.no_grad()
 def augmented(
-    demo: data.DemoData, icons: list[int], autoencoder: AutoencoderTiny, statistics: dict[str, float]
+    demo: data.DemoData,
+    icons: list[int],
+    autoencoder: AutoencoderTiny,
+    statistics: dict[str, float],
+    seed: int,
 ) -> torch.Tensor:
     """Model-space latents (N, 16, 16, 16) of real icons, each augmented as the judge's and raters' were."""
-    rng = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(seed)
 
     def make(first: int, last: int) -> torch.Tensor:
         pictures = augment(to_float(demo.images[icons[first:last]]), rng).clamp(-1, 1)
@@ -221,7 +248,17 @@ def main() -> None:
             replace_atomically(path, lambda temporary: save_file(found, temporary))
         return rate_part(raters, autoencoder, statistics, path)
 
-    def draw(name: str, which: list[int], seed: int, way: tuple, lora: Path | None = None) -> torch.Tensor:
+    def draw(
+        name: str,
+        which: list[int],
+        seed: int,
+        way: tuple,
+        *,
+        lora: Path | None = None,
+        captions: list[str] | None = None,
+    ) -> torch.Tensor:
+        named = captions or captions_of(demo, [icons[i] for i in which])
+
         def work() -> torch.Tensor:
             generator, tokenizer = load_generator(args.generator, way[0])
             if lora is not None:
@@ -230,7 +267,7 @@ def main() -> None:
                 lambda first, last: draw_way(
                     generator,
                     tokenizer,
-                    [captions[i] for i in which[first:last]],
+                    named[first:last],
                     [seed + i for i in range(first, last)],
                     way,
                 ),
@@ -244,7 +281,7 @@ def main() -> None:
     hard = hardest(found, concept, HARD)
     draw("hard", hard * HARD_TIMES, 5_000_000, HARD_WAY)
     for number, lora in enumerate(sorted(args.policies)):
-        draw(lora.stem, every, 6_000_000 + 100_000 * number, WAYS[0], lora)
+        draw(lora.stem, every, 6_000_000 + 100_000 * number, WAYS[0], lora=lora)
 
     roles = data.roles(demo, np.array(icons))
     known = ~roles.foreign & (~roles.held_out | roles.practice)
@@ -270,8 +307,19 @@ def main() -> None:
             )
 
         make(f"mixed_{number}", mine, mix)
-    shown = data.indices(~roles.foreign & ~roles.held_out).tolist() * AUGMENTED_TIMES
-    make("augmented", shown, lambda: augmented(demo, [icons[i] for i in shown], autoencoder, statistics))
+    free = free_icons(concept)
+    for number, way in enumerate(FREE_WAYS):
+        seed = 9_500_000 + 10_000 * number
+        named = free_captions(demo, concept[free * FREE_TIMES].tolist(), seed)
+        draw(f"free_{number}", free * FREE_TIMES, seed, way, captions=named)
+    draw("loose", data.indices(~roles.aside).tolist() * LOOSE_TIMES, 9_900_000, LOOSE_WAY)
+    shown = data.indices(~roles.aside & ~roles.held_out).tolist() * AUGMENTED_TIMES
+    for number in range(AUGMENTED_PARTS):
+
+        def augment_icons(number: int = number) -> torch.Tensor:
+            return augmented(demo, [icons[i] for i in shown], autoencoder, statistics, 5 + number)
+
+        make(f"augmented_{number}", shown, augment_icons)
     means = [round(part.gather(1, concept[:, None]).mean().item(), 2) for part in found]
     print(f"{len(icons)} captions drawn in {len(WAYS)} ways, mean utility {means}; {len(hard)} drawn again")
 

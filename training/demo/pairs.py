@@ -25,7 +25,7 @@ from training.demo import data
 from training.demo.autoencoder import to_float
 from training.demo.drawings import load_drawings
 from training.demo.generator import draw, load_generator, prepare
-from training.demo.rated import RATED, RatedPictures, askable, rated_pairs
+from training.demo.rated import FREE, RATED, RatedPictures, askable, rated_pairs
 from training.loop import bfloat16_autocast
 
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
@@ -175,6 +175,9 @@ def other_icon(
 
 def ask(pool: Pool, kind: str, count: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Icons (count,) to ask a kind of pair of in training, and the icons (N,) its pictures may be of."""
+    if kind in FREE:
+        named = torch.isin(pool.concept, pool.concept[pool.prompted])
+        return askable(pool.rated, pool.concept, kind, named, count, rng), named
     if kind in RATED:
         return askable(pool.rated, pool.concept, kind, pool.prompted, count, rng), pool.prompted
     choice = data.indices(pool.trained)

@@ -4,11 +4,13 @@
                sampler and in fine-tuning
     mixed      two drawings of captions mixed with this one
     augmented  the real icon, augmented in two ways
+    loose      two drawings without guidance, which differ more
+    free       two drawings of the concept's caption without a style, by one sampler each kind
     confused   a drawing of the caption and one of another concept that the raters take for it most
     mistaken   the augmented icon and one of another concept, likewise
 
 P(the raters' favourite is the better) = sigmoid(SHARPNESS * difference in utility); captions and pairs on
-which they have an opinion come more often.
+which they have an opinion come more often. `crossed` sets two pictures against two captions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import dataclasses
 import torch
 
 from training.demo import data
-from training.demo.drawings import ALIKE, Drawings
+from training.demo.drawings import ALIKE, FREE_WAYS, Drawings
 
 # the judge of the benchmarks agreed with 73 % of the raters' choices, and with 89 % where utilities differed
 # by more than 1
@@ -27,7 +29,8 @@ SHARPNESS = 2.0
 INDIFFERENT = 0.1
 CONFUSED_AMONG = 1024
 # kind: the family both pictures are of, or the families of the caption's picture and of the other one
-TWO_OF = {"preferred": "alike", "mixed": "mixed", "augmented": "augmented"}
+FREE = tuple(f"free_{number}" for number in range(len(FREE_WAYS)))
+TWO_OF = {"preferred": "alike", **{name: name for name in ("mixed", "augmented", "loose", *FREE)}}
 ONE_OF_EACH = {"confused": ("drawn", ("drawn", "mixed")), "mistaken": ("augmented", ("augmented",))}
 RATED = (*TWO_OF, *ONE_OF_EACH)
 
@@ -49,7 +52,7 @@ class RatedPictures:
     def of(cls, drawings: Drawings, icons: int) -> RatedPictures:
         """Drawings of `icons` icons by the families of their parts."""
         families = {}
-        for family in ("drawn", "alike", "mixed", "augmented"):
+        for family in ("drawn", *dict.fromkeys(TWO_OF.values())):
             member = [family in families_of(part) for part in drawings.part]
             families[family] = data.indices(torch.tensor(member))
         own = {family: places_of(drawings.icon, places, icons) for family, places in families.items()}
@@ -65,8 +68,10 @@ class RatedPictures:
 def families_of(part: str) -> tuple[str, ...]:
     """The families a part of training.demo.drawings belongs to."""
     name = part.split("_")[0]
-    if name in ("mixed", "augmented"):
+    if name in ("mixed", "augmented", "loose"):
         return (name,)
+    if part in FREE:
+        return (part,)
     return ("drawn", "alike") if part in ALIKE else ("drawn",)
 
 
@@ -127,6 +132,42 @@ def rated_pairs(
     place, gap = own.gather(1, first)[:, 0], mine - theirs
     better, worse = torch.where(gap >= 0, place, other), torch.where(gap >= 0, other, place)
     return rated.latents[better].float(), rated.latents[worse].float(), (SHARPNESS * gap.abs()).sigmoid()
+
+
+# families of crossed pictures and how often each; of so many pictures the most confusing one is taken
+CROSSED = {"augmented": 0.5, "drawn": 0.15, "mixed": 0.15, "loose": 0.2}
+CROSSED_AMONG = (8, 32, 128, 512)
+
+
+def crossed(
+    rated: RatedPictures,
+    concept: torch.Tensor,
+    style: torch.Tensor,
+    count: int,
+    allowed: torch.Tensor,
+    rng: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures of two concepts in one style that the raters take for one another, each with both captions:
+    places (count, 2), the icons whose captions they show (count, 2), and the utility of picture i under
+    caption j (count, 2, 2). concept, style and allowed are of the icons (N,).
+    """
+    chosen, shares = [], torch.tensor(list(CROSSED.values()))
+    members = {
+        family: rated.families[family][allowed[rated.owner[rated.families[family]]]] for family in CROSSED
+    }
+    for family in torch.multinomial(shares, count, replacement=True, generator=rng).tolist():
+        places = members[list(CROSSED)[family]]
+        mine = places[torch.randint(len(places), (1,), generator=rng)]
+        icon = rated.owner[mine]
+        like = places[
+            (style[rated.owner[places]] == style[icon]) & (concept[rated.owner[places]] != concept[icon])
+        ]
+        among = CROSSED_AMONG[int(torch.randint(len(CROSSED_AMONG), (1,), generator=rng))]
+        others = like[torch.randint(len(like), (among,), generator=rng)]
+        chosen.append(torch.cat([mine, others[rated.utility[others, concept[icon]].argmax()][None]]))
+    places = torch.stack(chosen)
+    icons = rated.owner[places]
+    return places, icons, rated.utility[places].gather(2, concept[icons][:, None].expand(count, 2, 2))
 
 
 def _confusing(

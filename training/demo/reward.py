@@ -12,13 +12,14 @@ pair; a head further forward is what the sampler reads to stop early.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from drm import DRM, flow, preference, save_drm, stepwise
+from drm import DRM, flow, load_drm, preference, save_drm, stepwise
 from drm.backbone import TruncatedSD3, backbone_from_transformer
 from drm.head import ConvHead
 from training.demo import data, text
@@ -30,21 +31,22 @@ from training.demo.generator import (
     load_generator,
 )
 from training.demo.pairs import Pool, ask, make_pool, pairs
+from training.demo.rated import FREE, SHARPNESS, crossed
 from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT, COARSE = 3, 2
 HIDDEN = 128
-# Five eighths of what it learns from are two drawings or two augmented icons that raters told apart.
+# Of every 24 pairs so many are of each kind: half are two drawings of a caption without a style.
 MIX = {
-    "wrong": 0.125,
-    "degraded": 0.125,
-    "generated early": 0.0625,
-    "drawn": 0.0625,
-    "confused": 0.125,
-    "mistaken": 0.0625,
-    "augmented": 0.0625,
-    "mixed": 0.125,
-    "preferred": 0.25,
+    "wrong": 2,
+    "degraded": 3,
+    "generated early": 1,
+    "drawn": 1,
+    "augmented": 1,
+    "mixed": 1,
+    "preferred": 1,
+    "loose": 2,
+    **dict.fromkeys(FREE, 3),
 }
 REPORTED = (
     "wrong concept",
@@ -157,15 +159,100 @@ def decisive_leads(drm: DRM, scores: torch.Tensor, sigmas: torch.Tensor) -> dict
     }
 
 
-def draw_pairs(
-    pool: Pool, size: int, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(chosen, rejected, label, icons) of a training batch, the kinds in the shares of MIX."""
-    parts = []
+@dataclasses.dataclass(frozen=True)
+class Comparisons:
+    """Rows to score, latents (R, ...) with a caption each, and what is known of them: that row `ahead` (P,)
+    is better than row `behind` (P,) has probability label (P,). Rows of one group (R,) share noise and sigma.
+    """
+
+    latents: torch.Tensor
+    captions: list[str]
+    group: torch.Tensor
+    ahead: torch.Tensor
+    behind: torch.Tensor
+    label: torch.Tensor
+
+
+def caption_of(demo: data.DemoData, pool: Pool, icon: int, rng: torch.Generator, *, styled: bool) -> str:
+    """A caption a person might write for this icon."""
+    words, style = demo.words[pool.concept[icon]], int(pool.style[icon])
+    return text.random_caption(words, style, rng, empty=0.0, unstyled=float(not styled))
+
+
+def draw_pairs(demo: data.DemoData, pool: Pool, size: int, rng: torch.Generator) -> Comparisons:
+    """Pairs of two pictures under one caption, the kinds in the shares of MIX."""
+    chosen, rejected, labels, captions = [], [], [], []
     for kind, share in MIX.items():
-        icons, allowed = ask(pool, kind, round(share * size), rng)
-        parts.append((*pairs(pool, icons, kind, allowed, rng), icons))
-    return tuple(torch.cat(side) for side in zip(*parts, strict=True))
+        icons, allowed = ask(pool, kind, round(share * size / sum(MIX.values())), rng)
+        better, worse, label = pairs(pool, icons, kind, allowed, rng)
+        chosen.append(better)
+        rejected.append(worse)
+        labels.append(label)
+        captions += [caption_of(demo, pool, i, rng, styled=kind not in FREE) for i in icons.tolist()]
+    count = len(captions)
+    first, second = torch.arange(count), torch.arange(count, 2 * count)
+    return Comparisons(
+        torch.cat([*chosen, *rejected]),
+        captions * 2,
+        torch.arange(count).repeat(2),
+        first,
+        second,
+        torch.cat(labels),
+    )
+
+
+def draw_crossed(demo: data.DemoData, pool: Pool, count: int, rng: torch.Generator) -> Comparisons:
+    """Two pictures under two captions, four rows each: which picture suits a caption better, and which
+    caption a picture.
+    """
+    places, icons, utility = crossed(pool.rated, pool.concept, pool.style, count, pool.prompted, rng)
+    named = [[caption_of(demo, pool, i, rng, styled=True) for i in both] for both in icons.tolist()]
+    row = torch.arange(4 * count).reshape(count, 2, 2)  # picture, caption
+    matched = torch.stack([row[:, 0, 0], row[:, 1, 1]], 1).repeat(1, 2).flatten()
+    crosswise = torch.stack([row[:, 1, 0], row[:, 0, 1], row[:, 0, 1], row[:, 1, 0]], 1).flatten()
+    gap = utility.flatten()[matched] - utility.flatten()[crosswise]
+    return Comparisons(
+        pool.rated.latents[places].float().repeat_interleave(2, 1).flatten(0, 1),
+        [caption for both in named for caption in both * 2],
+        torch.arange(count).repeat_interleave(4),
+        matched,
+        crosswise,
+        (SHARPNESS * gap).sigmoid(),
+    )
+
+
+def together(one: Comparisons, other: Comparisons) -> Comparisons:
+    """Both in one batch."""
+    rows, groups = len(one.captions), int(one.group.max()) + 1
+    return Comparisons(
+        torch.cat([one.latents, other.latents]),
+        one.captions + other.captions,
+        torch.cat([one.group, other.group + groups]),
+        torch.cat([one.ahead, other.ahead + rows]),
+        torch.cat([one.behind, other.behind + rows]),
+        torch.cat([one.label, other.label]),
+    )
+
+
+def noised(batch: Comparisons, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' latents under noise, and sigma (R,), uniform in (0, 1)."""
+    groups = int(batch.group.max()) + 1
+    noise = torch.randn(groups, *batch.latents.shape[1:], generator=rng)[batch.group]
+    sigma = torch.rand(groups, generator=rng)[batch.group]
+    return flow.add_noise(batch.latents, noise, sigma), sigma
+
+
+def figures_of(margin: torch.Tensor, label: torch.Tensor, paired: int) -> dict[str, float]:
+    """What a step logs: how often pairs, crossed pictures with captions, and the raters' favourites among the
+    drawings of captions without a style are told apart.
+    """
+    right = ((margin > 0) == (label >= 0.5)).float()
+    free = slice(paired - sum(MIX[kind] for kind in FREE) * paired // sum(MIX.values()), paired)
+    return {
+        "accuracy": right[:paired].mean().item(),
+        "crossed": right[paired:].mean().item(),
+        "free": right[free].mean().item(),
+    }
 
 
 def main() -> None:
@@ -175,7 +262,9 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, default=Path("runs/demo/generator"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/reward"))
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32, help="pairs a step")
+    parser.add_argument("--batch", type=int, default=24, help="pairs a step, a multiple of 24")
+    parser.add_argument("--crossed", type=int, default=4, help="two pictures with two captions, a step")
+    parser.add_argument("--start", type=Path, help="a reward model's file to go on from")
     parser.add_argument("--kept", type=int, default=KEPT, help="blocks kept of the generator's four")
     parser.add_argument("--coarse", type=int, default=COARSE, help="side of a token over the generator's")
     parser.add_argument("--seed", type=int, default=0)
@@ -191,6 +280,8 @@ def main() -> None:
     pool = make_pool(args.generator, args.data, args.autoencoder)
     generator, tokenizer = load_generator(args.generator)
     drm = build_drm(args.generator, args.kept, args.coarse, random_backbone=args.random_backbone)
+    if args.start:
+        drm.load_state_dict(load_drm(args.start).state_dict())
     compiled = torch.compile(drm.forward_depths) if args.compile else drm.forward_depths
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,21 +295,15 @@ def main() -> None:
         return embed_ids(captions_of(icons))
 
     def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        chosen, rejected, label, icons = draw_pairs(pool, args.batch, rng)
-        captions = [
-            text.random_caption(demo.words[pool.concept[i]], pool.style[i], rng, empty=0.0, unstyled=0.0)
-            for i in icons
-        ]
-        sigma = torch.rand(len(icons), generator=rng)
-        win, lose = score_pair(compiled, chosen, rejected, sigma, *embed_ids(captions), rng)
+        batch = together(draw_pairs(demo, pool, args.batch, rng), draw_crossed(demo, pool, args.crossed, rng))
+        noisy, sigma = noised(batch, rng)
+        with bfloat16_autocast(noisy.device):
+            scores = compiled(noisy, sigma, *embed_ids(batch.captions)).float()
+        win, lose = scores[batch.ahead], scores[batch.behind]
         losses = [
-            preference.bradley_terry_loss(w, r, label=label) for w, r in zip(win.T, lose.T, strict=True)
+            preference.bradley_terry_loss(w, r, label=batch.label) for w, r in zip(win.T, lose.T, strict=True)
         ]
-        figures = {
-            "accuracy": preference.preference_accuracy(win[:, -1], lose[:, -1]),
-            "margin": (win - lose)[:, -1].mean().item(),
-        }
-        return torch.stack(losses).mean(), figures
+        return torch.stack(losses).mean(), figures_of((win - lose)[:, -1].detach(), batch.label, args.batch)
 
     tables: dict[int, dict[str, list[float]]] = {}
 
@@ -234,7 +319,7 @@ def main() -> None:
         decay=0.02,
         weight_decay=0.01,
         ema=0.995,
-        save_every=1000,
+        save_every=500,
         seed=args.seed,
     )
     averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
