@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from benchmarks import stepwise
-from benchmarks.judging import choose_prompts, fresh_prompts, interval, unseen_prompts
+from benchmarks.judging import (
+    asked_prompts,
+    choose_prompts,
+    free_prompts,
+    fresh_prompts,
+    interval,
+    unseen_prompts,
+)
 from benchmarks.stepwise import Bench, Setting, Way, all_ways, default_k4, scored_passes
 from drm import load_drm
 from drm.search import Search
-from training.demo.data import held_out_concepts
+from training.demo.data import STYLES, asked_freely, held_out_concepts
 from training.demo.export import REWARD, load_family
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -92,6 +99,21 @@ def test_fresh_prompts_are_half_unknown_and_none_is_learned_from(family):
     assert not captions & {prompt.caption for prompt in practised}
     known = [prompt for prompt in prompts if prompt not in rest]
     assert {prompt.concept for prompt in known} <= set(held_out_concepts(len(family.concepts)))
+
+
+def test_free_prompts_name_a_concept_alone_and_never_one_that_is_learned(family):
+    learned, asked = free_prompts(family)
+    assert (len(asked), len(learned)) == (200, len(family.concepts) - 200)
+    assert sorted(prompt.concept for prompt in (*learned, *asked)) == [*range(len(family.concepts))]
+    assert {prompt.concept for prompt in asked} == set(asked_freely(len(family.concepts)))
+    assert not any(style in prompt.caption for prompt in asked for style in STYLES)
+
+
+@pytest.mark.parametrize("kind", ["free", "styled", "known"])
+def test_prompts_of_every_kind_come_in_the_number_asked_for(family, kind):
+    prompts = asked_prompts(family, kind, 30)
+    assert len({prompt.caption for prompt in prompts}) == 30
+    assert all((", " in prompt.caption) == (kind != "free") for prompt in prompts)
 
 
 def test_a_small_table_has_a_row_for_every_way(bench):

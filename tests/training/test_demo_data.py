@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from training.demo import data, text
+from training.demo.drawings import free_captions, free_icons
 
 
 def write_package(folder, package, names, colour):
@@ -79,6 +80,19 @@ def test_what_is_kept_aside_is_half_unseen_and_never_practised(demo):
     counts = [mask.sum().item() for mask in (roles.held_out, roles.practice, roles.aside, roles.foreign)]
     assert counts == [200, 100, 200, 4 * data.HELD_OUT_CONCEPTS]
     assert not (roles.practice & (roles.aside | ~roles.held_out)).any()
+
+
+def test_captions_without_a_style_are_of_concepts_that_the_benchmarks_do_not_ask_for(demo):
+    concept = torch.from_numpy(demo.concept[demo.concept >= 0])
+    free, asked = free_icons(concept), data.asked_freely(len(demo.names))
+    assert len(set(asked)) == data.ASKED_FREELY
+    assert {int(concept[icon]) for icon in free} == set(range(len(demo.names))) - set(asked)
+    assert len(free) == len(demo.names) - len(asked)
+    number = int(concept[free[0]])
+    captions = free_captions(demo, [number] * 200, 3)
+    assert captions == free_captions(demo, [number] * 200, 3)
+    allowed = {template.format(word=word) for word in demo.words[number] for template in text.UNSTYLED}
+    assert set(captions) == allowed
 
 
 def test_missing_data_says_what_to_run(tmp_path):

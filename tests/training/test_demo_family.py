@@ -116,11 +116,13 @@ def test_augmented_icons_are_encoded_as_the_generator_s_are(family):
         images = np.full((2, 128, 128, 3), 255, dtype=np.uint8)
 
     Demo.images[1, 32:96, 32:96] = (200, 30, 30)
-    latents = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics)
+    latents = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics, 5)
     assert latents.shape == (24, 16, 16, 16)
-    assert torch.equal(latents, augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics))
+    assert torch.equal(
+        latents, augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, family.statistics, 5)
+    )
     mean, std = family.statistics["mean"], family.statistics["std"]
-    other = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, {"mean": mean + 1, "std": 2 * std})
+    other = augmented(Demo, [1] * 12 + [0] * 12, family.autoencoder, {"mean": mean + 1, "std": 2 * std}, 5)
     torch.testing.assert_close(other, (latents * std - 1) / (2 * std))
     drawn = family.decode(latents).astype(float)
     red = drawn[..., 0] - drawn[..., 1]

@@ -1,11 +1,13 @@
 """Pairs the demo reward model learns from: what is spoiled, what is another caption's, what is never seen."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from training.demo import reward
+from training.demo.data import STYLES
 from training.demo.drawings import Drawings
 from training.demo.pairs import (
     DEGRADATIONS,
@@ -17,14 +19,14 @@ from training.demo.pairs import (
     pairs,
     without_concepts,
 )
-from training.demo.rated import INDIFFERENT, RATED, RatedPictures, families_of, places_of
+from training.demo.rated import FREE, INDIFFERENT, TWO_OF, RatedPictures, crossed, families_of, places_of
 
 
 def make_pool(concepts=12, styles=4):
     """Latents that say which icon and variant they are: value = icon, + 0.1 * (1 + variant) for spoiled,
     + 100 for drawn, + 1000 for each way of the rated: three that are alike, three of half-trained weights,
-    three mixed and three augmented, whose utility for the concept grows with the way and which look a little
-    like the next concept.
+    three mixed, three augmented, three loose and three of each free part, whose utility for the concept grows
+    with the way and which look a little like the next concept.
     """
     count = concepts * styles
     index = torch.arange(count)
@@ -33,7 +35,7 @@ def make_pool(concepts=12, styles=4):
     degraded = real[:, None] + 0.1 * torch.arange(1, 1 + len(DEGRADATIONS)).reshape(1, -1, 1, 1, 1)
     drawn = real[:, None] + 100 * torch.arange(1, 1 + len(DRAWINGS)).reshape(1, -1, 1, 1, 1)
     concept, style = index // styles, index % styles
-    parts = [name for name in ("0", "6", "mixed_0", "augmented") for _ in range(3)]
+    parts = [name for name in ("0", "6", "mixed_0", "augmented_0", "loose", *FREE) for _ in range(3)]
     owner, way = index.repeat(len(parts)), torch.arange(1, 1 + len(parts)).repeat_interleave(count)
     utility = torch.full((len(owner), concepts), -9.0)
     rows = torch.arange(len(owner))
@@ -100,7 +102,15 @@ def test_pairs_hold_what_they_are_named_for():
 
 
 @pytest.mark.parametrize(
-    ("kind", "ways"), [("preferred", {1, 2, 3}), ("mixed", {7, 8, 9}), ("augmented", {10, 11, 12})]
+    ("kind", "ways"),
+    [
+        ("preferred", {1, 2, 3}),
+        ("mixed", {7, 8, 9}),
+        ("augmented", {10, 11, 12}),
+        ("loose", {13, 14, 15}),
+        ("free_0", {16, 17, 18}),
+        ("free_3", {25, 26, 27}),
+    ],
 )
 def test_of_two_pictures_the_raters_say_which_and_how_surely(kind, ways):
     pool = make_pool()
@@ -115,22 +125,39 @@ def test_of_two_pictures_the_raters_say_which_and_how_surely(kind, ways):
     torch.testing.assert_close(label, better**2 / (better**2 + worse**2))
 
 
-@pytest.mark.parametrize(
-    ("kind", "mine", "theirs"),
-    [("confused", range(1, 7), {*range(1, 10)}), ("mistaken", range(10, 13), {10, 11, 12})],
-)
-def test_a_confusing_picture_is_another_concepts_that_looks_like_this_one(kind, mine, theirs):
+def crossed_pool(count=200):
     pool = make_pool()
-    icons = torch.argwhere(pool.trained & (pool.concept > 0)).flatten().repeat(5)
-    chosen, rejected, label = pairs(pool, icons, kind, pool.trained, torch.Generator().manual_seed(0))
-    assert (chosen.flatten() % 1000 == icons).all()
-    assert set((chosen.flatten() // 1000).int().tolist()) == set(mine)
-    assert set((rejected.flatten() // 1000).int().tolist()) <= theirs
-    others = (rejected.flatten() % 1000).long()
-    assert (pool.concept[others] == pool.concept[icons] - 1).all()
-    assert pool.trained[others].all()
-    # at least log 1 against -2, at a sharpness of 2
-    assert (label >= torch.tensor(4.0).sigmoid() - 1e-6).all()
+    rng = torch.Generator().manual_seed(0)
+    return pool, *crossed(pool.rated, pool.concept, pool.style, count, pool.prompted, rng)
+
+
+def test_crossed_pictures_are_of_two_concepts_in_one_style_that_look_alike():
+    pool, places, icons, _ = crossed_pool()
+    assert torch.equal(pool.rated.owner[places], icons)
+    assert pool.prompted[icons].all()
+    assert (pool.style[icons[:, 0]] == pool.style[icons[:, 1]]).all()
+    assert (pool.concept[icons[:, 0]] != pool.concept[icons[:, 1]]).all()
+    # what looks a little like the first one's concept is the concept before it
+    alike = pool.concept[icons[:, 1]] == pool.concept[icons[:, 0]] - 1
+    assert alike[pool.concept[icons[:, 0]] > 0].float().mean() > 0.7
+    assert {*families_seen(pool, places)} == {"drawn", "mixed", "augmented", "loose"}
+
+
+def families_seen(pool, places):
+    return [
+        family
+        for family, members in pool.rated.families.items()
+        if torch.isin(places, members).any() and family != "alike"
+    ]
+
+
+def test_utilities_of_crossed_pictures_are_by_picture_and_caption():
+    pool, places, icons, utility = crossed_pool(20)
+    for n in range(20):
+        for picture in range(2):
+            for caption in range(2):
+                wanted = pool.rated.utility[places[n, picture], pool.concept[icons[n, caption]]]
+                assert utility[n, picture, caption] == wanted
 
 
 def test_captions_in_dispute_come_more_often():
@@ -150,8 +177,6 @@ def test_nobody_is_asked_about_pictures_that_are_not_there():
     pool.rated.own["augmented"][16:] = -1
     icons, _ = ask(pool, "augmented", 200, torch.Generator().manual_seed(0))
     assert set(icons.tolist()) == set(range(8))
-    icons, _ = ask(pool, "mistaken", 400, torch.Generator().manual_seed(0))
-    assert set(icons.tolist()) == set(range(16))
 
 
 def test_places_of_owners_with_unequal_numbers():
@@ -165,7 +190,18 @@ def test_parts_and_their_families():
     assert families_of("0") == families_of("hard") == families_of("again") == ("drawn", "alike")
     assert families_of("6") == families_of("step-grpo_4_lr0.001_seed0") == ("drawn",)
     assert families_of("mixed_2") == ("mixed",)
-    assert families_of("augmented") == ("augmented",)
+    assert families_of("augmented_3") == ("augmented",)
+    assert families_of("loose") == ("loose",)
+    assert families_of("free_2") == ("free_2",)
+
+
+def test_a_caption_without_a_style_may_be_asked_of_any_icon_of_a_concept_that_is_learned():
+    pool = make_pool()
+    pool.prompted[4:6] = False  # two styles of concept 1 are kept aside
+    icons, allowed = ask(pool, "free_1", 2000, torch.Generator().manual_seed(0))
+    assert {4, 5} <= set(icons.tolist())
+    assert pool.concept[icons].max() < 8
+    assert torch.equal(allowed, pool.concept < 8)
 
 
 def test_a_study_may_keep_whole_concepts_from_training():
@@ -177,19 +213,64 @@ def test_a_study_may_keep_whole_concepts_from_training():
     assert pool.trained[pool.concept == 3].any()
 
 
+# what reward.py asks of the demo's data: a word for each concept
+WORDS = SimpleNamespace(words=[[f"thing{number}"] for number in range(12)])
+
+
 def test_a_batch_holds_every_kind_in_its_share():
     pool = make_pool()
-    chosen, rejected, label, icons = reward.draw_pairs(pool, 32, torch.Generator().manual_seed(1))
-    assert chosen.shape == rejected.shape == (32, 1, 1, 1)
-    sure = 12
-    assert sure == round(32 * sum(share for kind, share in reward.MIX.items() if kind not in RATED))
-    assert pool.trained[icons[:sure]].all()
-    assert pool.prompted[icons].all()
-    assert not pool.trained[icons[sure:]].all()
-    assert (chosen.flatten()[:8] == icons[:8]).all()
-    assert (chosen.flatten()[sure:] >= 1000).all()
-    assert (label[:sure] == 1).all()
-    assert (label[sure + 6 :] < 1).all()
+    batch = reward.draw_pairs(WORDS, pool, 24, torch.Generator().manual_seed(1))
+    assert batch.latents.shape == (48, 1, 1, 1)
+    assert batch.captions[:24] == batch.captions[24:]
+    assert batch.group.tolist() == [*range(24)] * 2
+    assert batch.ahead.tolist() == [*range(24)]
+    assert batch.behind.tolist() == [*range(24, 48)]
+    kinds = [kind for kind, share in reward.MIX.items() for _ in range(share)]
+    shown = batch.latents.flatten()[:24]
+    for kind, value, label, caption in zip(kinds, shown, batch.label, batch.captions[:24], strict=True):
+        assert (value >= 1000) == (kind in TWO_OF)
+        assert (label < 1) == (kind in TWO_OF)
+        assert any(style in caption for style in STYLES) == (kind not in FREE)
+    half = [kind in FREE for kind in kinds]
+    assert sum(half) == 12
+    assert half[12:] == [True] * 12
+
+
+def test_a_crossed_batch_compares_pictures_under_a_caption_and_captions_of_a_picture():
+    pool = make_pool()
+    batch = reward.draw_crossed(WORDS, pool, 5, torch.Generator().manual_seed(1))
+    assert len(batch.captions) == len(batch.latents) == 20
+    assert batch.group.tolist() == [n for n in range(5) for _ in range(4)]
+    owner = (batch.latents.flatten() % 1000).long()
+    asked = torch.tensor([int("".join(filter(str.isdigit, caption))) for caption in batch.captions])
+    shown = pool.concept[owner]
+    assert (shown[batch.ahead] == asked[batch.ahead]).all()
+    assert (shown[batch.behind] != asked[batch.behind]).all()
+    same_caption = asked[batch.ahead] == asked[batch.behind]
+    same_picture = owner[batch.ahead] == owner[batch.behind]
+    assert (same_caption != same_picture).all()
+    assert same_caption.sum() == same_picture.sum() == 10
+    assert torch.equal(batch.group[batch.ahead], batch.group[batch.behind])
+    assert (batch.label > 0.5).all()
+
+
+def test_two_batches_together_keep_their_comparisons_and_their_noise():
+    pool, rng = make_pool(), torch.Generator().manual_seed(1)
+    one, other = reward.draw_pairs(WORDS, pool, 24, rng), reward.draw_crossed(WORDS, pool, 3, rng)
+    both = reward.together(one, other)
+    rows = len(one.captions)
+    assert both.captions[rows:] == other.captions
+    torch.testing.assert_close(both.latents[both.ahead[24:]], other.latents[other.ahead])
+    torch.testing.assert_close(both.latents[both.behind[24:]], other.latents[other.behind])
+    torch.testing.assert_close(both.label, torch.cat([one.label, other.label]))
+    noisy, sigma = reward.noised(both, torch.Generator().manual_seed(2))
+    for group in range(27):
+        mine = both.group == group
+        assert sigma[mine].unique().numel() == 1
+        level = sigma[mine].reshape(-1, 1, 1, 1)
+        noise = (noisy[mine] - (1 - level) * both.latents[mine]) / level
+        torch.testing.assert_close(noise, noise[:1].expand_as(noise), atol=0.05, rtol=0)
+    assert sigma.unique().numel() == 27
 
 
 def test_both_sides_of_a_pair_meet_one_noise_at_one_sigma():

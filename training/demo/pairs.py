@@ -25,7 +25,7 @@ from training.demo import data
 from training.demo.autoencoder import to_float
 from training.demo.drawings import load_drawings
 from training.demo.generator import draw, load_generator, prepare
-from training.demo.rated import FREE, RATED, RatedPictures, askable, rated_pairs
+from training.demo.rated import FREE, TWO_OF, RatedPictures, askable, rated_pairs
 from training.loop import bfloat16_autocast
 
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
@@ -178,7 +178,7 @@ def ask(pool: Pool, kind: str, count: int, rng: torch.Generator) -> tuple[torch.
     if kind in FREE:
         named = torch.isin(pool.concept, pool.concept[pool.prompted])
         return askable(pool.rated, pool.concept, kind, named, count, rng), named
-    if kind in RATED:
+    if kind in TWO_OF:
         return askable(pool.rated, pool.concept, kind, pool.prompted, count, rng), pool.prompted
     choice = data.indices(pool.trained)
     return choice[torch.randint(len(choice), (count,), generator=rng)], pool.trained
@@ -188,8 +188,8 @@ def pairs(
     pool: Pool, icons: torch.Tensor, kind: str, allowed: torch.Tensor, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(preferred, other) latents of one kind for the captions of `icons`, and P(preferred is better) (B,)."""
-    if kind in RATED:
-        return rated_pairs(pool.rated, pool.concept, icons, kind, allowed, rng)
+    if kind in TWO_OF:
+        return rated_pairs(pool.rated, pool.concept, icons, kind, rng)
     return *_certain_pairs(pool, icons, kind, allowed, rng), torch.ones(len(icons))
 
 

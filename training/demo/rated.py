@@ -6,8 +6,6 @@
     augmented  the real icon, augmented in two ways
     loose      two drawings without guidance, which differ more
     free       two drawings of the concept's caption without a style, by one sampler each kind
-    confused   a drawing of the caption and one of another concept that the raters take for it most
-    mistaken   the augmented icon and one of another concept, likewise
 
 P(the raters' favourite is the better) = sigmoid(SHARPNESS * difference in utility); captions and pairs on
 which they have an opinion come more often. `crossed` sets two pictures against two captions.
@@ -27,12 +25,12 @@ from training.demo.drawings import ALIKE, FREE_WAYS, Drawings
 SHARPNESS = 2.0
 # how often pairs come on which the raters have no opinion: as often as if utilities differed by this
 INDIFFERENT = 0.1
-CONFUSED_AMONG = 1024
-# kind: the family both pictures are of, or the families of the caption's picture and of the other one
+# kind: the family both pictures are of; drawings of captions without a style, a family for each sampler
 FREE = tuple(f"free_{number}" for number in range(len(FREE_WAYS)))
 TWO_OF = {"preferred": "alike", **{name: name for name in ("mixed", "augmented", "loose", *FREE)}}
-ONE_OF_EACH = {"confused": ("drawn", ("drawn", "mixed")), "mistaken": ("augmented", ("augmented",))}
-RATED = (*TWO_OF, *ONE_OF_EACH)
+# families of crossed pictures and how often each; of so many pictures the most confusing one is taken
+CROSSED = {"augmented": 0.5, "drawn": 0.15, "mixed": 0.15, "loose": 0.2}
+CROSSED_AMONG = (8, 32, 128, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,50 +91,32 @@ def askable(
     count: int,
     rng: torch.Generator,
 ) -> torch.Tensor:
-    """Icons (count,) of `allowed` (N,) to ask a kind of pair of; where it takes two pictures of one icon,
-    those whose pictures differ most in utility most often.
+    """Icons (count,) of `allowed` (N,) to ask a kind of pair of; those whose pictures differ most in utility
+    most often.
     """
-    family = TWO_OF.get(kind) or ONE_OF_EACH[kind][0]
-    needed = 2 if kind in TWO_OF else 1
-    candidates = data.indices(allowed & ((rated.own[family] >= 0).sum(1) >= needed))
-    if kind in ONE_OF_EACH:
-        return candidates[torch.randint(len(candidates), (count,), generator=rng)]
+    family = TWO_OF[kind]
+    candidates = data.indices(allowed & ((rated.own[family] >= 0).sum(1) >= 2))
     found = rated.own_utility(concept, candidates, family)
     differ = found.nan_to_num(-torch.inf).amax(1) - found.nan_to_num(torch.inf).amin(1)
     return candidates[torch.multinomial(differ + INDIFFERENT, count, replacement=True, generator=rng)]
 
 
 def rated_pairs(
-    rated: RatedPictures,
-    concept: torch.Tensor,
-    icons: torch.Tensor,
-    kind: str,
-    allowed: torch.Tensor,
-    rng: torch.Generator,
+    rated: RatedPictures, concept: torch.Tensor, icons: torch.Tensor, kind: str, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each icon's caption a picture and another one, the raters' favourite first, and their probability
-    that it is the better (B,).
+    """Of each icon's caption two pictures, the raters' favourite first, and their probability that it is the
+    better (B,).
     """
-    family = TWO_OF.get(kind) or ONE_OF_EACH[kind][0]
-    utility, own = rated.own_utility(concept, icons, family), rated.own[family][icons]
+    utility, own = rated.own_utility(concept, icons, TWO_OF[kind]), rated.own[TWO_OF[kind]][icons]
     there = (~utility.isnan()).float()
     first = torch.multinomial(there, 1, generator=rng)
-    mine = utility.gather(1, first)[:, 0]
-    if kind in TWO_OF:
-        weight = (utility - mine[:, None]).abs().nan_to_num(0) + INDIFFERENT
-        weight = (weight * there).scatter(1, first, 0.0)
-        second = torch.multinomial(weight, 1, generator=rng)
-        other, theirs = own.gather(1, second)[:, 0], utility.gather(1, second)[:, 0]
-    else:
-        other, theirs = _confusing(rated, concept, icons, ONE_OF_EACH[kind][1], allowed, rng)
-    place, gap = own.gather(1, first)[:, 0], mine - theirs
+    mine = utility.gather(1, first)
+    weight = (utility - mine).abs().nan_to_num(0) + INDIFFERENT
+    second = torch.multinomial((weight * there).scatter(1, first, 0.0), 1, generator=rng)
+    place, other = own.gather(1, first)[:, 0], own.gather(1, second)[:, 0]
+    gap = (mine - utility.gather(1, second))[:, 0]
     better, worse = torch.where(gap >= 0, place, other), torch.where(gap >= 0, other, place)
     return rated.latents[better].float(), rated.latents[worse].float(), (SHARPNESS * gap.abs()).sigmoid()
-
-
-# families of crossed pictures and how often each; of so many pictures the most confusing one is taken
-CROSSED = {"augmented": 0.5, "drawn": 0.15, "mixed": 0.15, "loose": 0.2}
-CROSSED_AMONG = (8, 32, 128, 512)
 
 
 def crossed(
@@ -168,21 +148,3 @@ def crossed(
     places = torch.stack(chosen)
     icons = rated.owner[places]
     return places, icons, rated.utility[places].gather(2, concept[icons][:, None].expand(count, 2, 2))
-
-
-def _confusing(
-    rated: RatedPictures,
-    concept: torch.Tensor,
-    icons: torch.Tensor,
-    families: tuple[str, ...],
-    allowed: torch.Tensor,
-    rng: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of some pictures of other concepts, the one the raters take most for each icon's: place, utility."""
-    sample = torch.cat([rated.families[family] for family in families])
-    sample = sample[allowed[rated.owner[sample]]]
-    sample = sample[torch.randint(len(sample), (CONFUSED_AMONG,), generator=rng)]
-    table = rated.utility[sample][:, concept[icons]].T
-    same = concept[rated.owner[sample]][None] == concept[icons][:, None]
-    best = table.masked_fill(same, -torch.inf).max(dim=1)
-    return sample[best.indices], best.values

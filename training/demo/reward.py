@@ -56,7 +56,6 @@ REPORTED = (
     "generated final",
     "drawn",
     "preferred",
-    "confused",
 )
 # Pairs of two drawings are reported where the raters are this sure.
 SURE = 0.75
