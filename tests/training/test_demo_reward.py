@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from training.demo import reward
+from training.demo import comparisons, noisy_rater, reward
 from training.demo.data import STYLES
 from training.demo.drawings import Drawings
 from training.demo.pairs import (
@@ -213,64 +214,122 @@ def test_a_study_may_keep_whole_concepts_from_training():
     assert pool.trained[pool.concept == 3].any()
 
 
-# what reward.py asks of the demo's data: a word for each concept
+# what is asked of the demo's data: a word for each concept
 WORDS = SimpleNamespace(words=[[f"thing{number}"] for number in range(12)])
 
 
 def test_a_batch_holds_every_kind_in_its_share():
     pool = make_pool()
-    batch = reward.draw_pairs(WORDS, pool, 24, torch.Generator().manual_seed(1))
-    assert batch.latents.shape == (48, 1, 1, 1)
-    assert batch.captions[:24] == batch.captions[24:]
-    assert batch.group.tolist() == [*range(24)] * 2
-    assert batch.ahead.tolist() == [*range(24)]
-    assert batch.behind.tolist() == [*range(24, 48)]
-    kinds = [kind for kind, share in reward.MIX.items() for _ in range(share)]
-    shown = batch.latents.flatten()[:24]
-    for kind, value, label, caption in zip(kinds, shown, batch.label, batch.captions[:24], strict=True):
+    batch = comparisons.draw_pairs(WORDS, pool, 22, torch.Generator().manual_seed(1))
+    assert batch.latents.shape == (44, 1, 1, 1)
+    assert batch.captions[:22] == batch.captions[22:]
+    assert batch.ahead.tolist() == [*range(22)]
+    assert batch.behind.tolist() == [*range(22, 44)]
+    assert torch.equal(batch.sigma[:22], batch.sigma[22:])
+    kinds = [kind for kind, share in comparisons.MIX.items() for _ in range(share)]
+    rows = zip(kinds, batch.latents.flatten()[:22], batch.label, batch.captions[:22], strict=True)
+    for kind, value, label, caption in rows:
         assert (value >= 1000) == (kind in TWO_OF)
         assert (label < 1) == (kind in TWO_OF)
         assert any(style in caption for style in STYLES) == (kind not in FREE)
-    half = [kind in FREE for kind in kinds]
-    assert sum(half) == 12
-    assert half[12:] == [True] * 12
+    known = torch.tensor([kind not in TWO_OF for kind in kinds])
+    assert torch.equal(batch.known, known.repeat(2))
+    assert torch.equal(batch.noise[:22] == batch.noise[22:], known)
+    assert batch.concept.tolist() == [concept_named(caption) for caption in batch.captions]
+
+
+def concept_named(caption):
+    return int("".join(filter(str.isdigit, caption)))
 
 
 def test_a_crossed_batch_compares_pictures_under_a_caption_and_captions_of_a_picture():
     pool = make_pool()
-    batch = reward.draw_crossed(WORDS, pool, 5, torch.Generator().manual_seed(1))
+    batch = comparisons.draw_crossed(WORDS, pool, 5, torch.Generator().manual_seed(1))
     assert len(batch.captions) == len(batch.latents) == 20
-    assert batch.group.tolist() == [n for n in range(5) for _ in range(4)]
+    assert batch.sigma.tolist() == [n for n in range(5) for _ in range(4)]
+    assert batch.noise.tolist() == [n for n in range(10) for _ in range(2)]
     owner = (batch.latents.flatten() % 1000).long()
-    asked = torch.tensor([int("".join(filter(str.isdigit, caption))) for caption in batch.captions])
-    shown = pool.concept[owner]
+    assert batch.concept.tolist() == [concept_named(caption) for caption in batch.captions]
+    shown, asked = pool.concept[owner], batch.concept
     assert (shown[batch.ahead] == asked[batch.ahead]).all()
     assert (shown[batch.behind] != asked[batch.behind]).all()
     same_caption = asked[batch.ahead] == asked[batch.behind]
     same_picture = owner[batch.ahead] == owner[batch.behind]
     assert (same_caption != same_picture).all()
     assert same_caption.sum() == same_picture.sum() == 10
-    assert torch.equal(batch.group[batch.ahead], batch.group[batch.behind])
+    assert torch.equal(batch.sigma[batch.ahead], batch.sigma[batch.behind])
     assert (batch.label > 0.5).all()
+    assert not batch.known.any()
+
+
+def both_kinds():
+    pool, rng = make_pool(), torch.Generator().manual_seed(1)
+    one = comparisons.draw_pairs(WORDS, pool, 22, rng)
+    other = comparisons.draw_crossed(WORDS, pool, 3, rng)
+    return one, other, comparisons.together(one, other)
 
 
 def test_two_batches_together_keep_their_comparisons_and_their_noise():
-    pool, rng = make_pool(), torch.Generator().manual_seed(1)
-    one, other = reward.draw_pairs(WORDS, pool, 24, rng), reward.draw_crossed(WORDS, pool, 3, rng)
-    both = reward.together(one, other)
+    one, other, both = both_kinds()
     rows = len(one.captions)
     assert both.captions[rows:] == other.captions
-    torch.testing.assert_close(both.latents[both.ahead[24:]], other.latents[other.ahead])
-    torch.testing.assert_close(both.latents[both.behind[24:]], other.latents[other.behind])
+    torch.testing.assert_close(both.latents[both.ahead[22:]], other.latents[other.ahead])
+    torch.testing.assert_close(both.latents[both.behind[24:]], other.latents[other.behind][2:])
     torch.testing.assert_close(both.label, torch.cat([one.label, other.label]))
-    noisy, sigma = reward.noised(both, torch.Generator().manual_seed(2))
-    for group in range(27):
-        mine = both.group == group
-        assert sigma[mine].unique().numel() == 1
-        level = sigma[mine].reshape(-1, 1, 1, 1)
-        noise = (noisy[mine] - (1 - level) * both.latents[mine]) / level
-        torch.testing.assert_close(noise, noise[:1].expand_as(noise), atol=0.05, rtol=0)
-    assert sigma.unique().numel() == 27
+    noisy, sigma = comparisons.noised(both, torch.Generator().manual_seed(2))
+    assert torch.equal(sigma[both.ahead], sigma[both.behind])
+    assert sigma.unique().numel() == 22 + 3
+    noise = (noisy.flatten() - (1 - sigma) * both.latents.flatten()) / sigma
+    for number in both.noise.unique():
+        mine = noise[both.noise == number]
+        torch.testing.assert_close(mine, mine[:1].expand_as(mine), atol=0.05, rtol=0)
+    assert noise.round(decimals=1).unique().numel() > 15
+
+
+def test_the_noisy_rater_labels_what_is_not_known():
+    _, _, both = both_kinds()
+    rows = len(both.captions)
+    logits = torch.randn(rows, 12, generator=torch.Generator().manual_seed(4))
+    seen = {}
+
+    def rater(noisy, sigma):
+        seen.update(noisy=noisy, sigma=sigma)
+        return logits
+
+    noisy, sigma = torch.rand(rows, 1, 1, 1), torch.rand(rows)
+    labelled, opinion = comparisons.rated_under_noise(both, noisy, sigma, rater)
+    assert seen["noisy"] is noisy
+    assert seen["sigma"] is sigma
+    torch.testing.assert_close(opinion, logits.log_softmax(-1).clamp_min(-7.0))
+    known = both.known[both.ahead]
+    assert known.sum() == 7
+    assert (labelled.label[known] == 1).all()
+    for place in (~known).nonzero().flatten().tolist():
+        ahead, behind = both.ahead[place], both.behind[place]
+        gap = opinion[ahead, both.concept[ahead]] - opinion[behind, both.concept[behind]]
+        assert labelled.label[place].item() == pytest.approx(1 / (1 + math.exp(-2 * gap.item())), rel=1e-5)
+
+
+def test_a_noisy_rater_learns_from_no_picture_that_is_kept_aside():
+    pool = make_pool()
+    latents, utility = noisy_rater.draw_batch(pool, torch.Generator().manual_seed(0))
+    assert len(latents) == len(utility) == sum(noisy_rater.BATCH.values())
+    icons = (latents.flatten() % 1000).long()
+    free = sum(noisy_rater.BATCH[family] for family in FREE)
+    assert pool.prompted[icons[:-free]].all()
+    assert (latents.flatten()[-free:] >= 16000).all()
+
+
+def test_what_a_noisy_rater_thinks_depends_on_the_noise_it_is_told(tmp_path):
+    torch.manual_seed(0)
+    rater = noisy_rater.NoisyRater(12).eval()
+    save_file(rater.state_dict(), tmp_path / noisy_rater.FILE)
+    loaded = noisy_rater.load_noisy_rater(tmp_path)
+    latents = torch.randn(2, 16, 16, 16)
+    low, high = (noisy_rater.opinions(loaded, latents, torch.full((2,), level)) for level in (0.1, 0.9))
+    assert low.shape == (2, 12)
+    assert (low - high).abs().max() > 1e-3
+    assert low.exp().sum(1) == pytest.approx([1, 1], rel=1e-3)
 
 
 def test_both_sides_of_a_pair_meet_one_noise_at_one_sigma():

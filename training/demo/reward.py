@@ -12,17 +12,25 @@ pair; a head further forward is what the sampler reads to stop early.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from drm import DRM, flow, load_drm, preference, save_drm, stepwise
 from drm.backbone import TruncatedSD3, backbone_from_transformer
 from drm.head import ConvHead
 from training.demo import data, text
+from training.demo.comparisons import (
+    Comparisons,
+    draw_crossed,
+    draw_pairs,
+    noised,
+    rated_under_noise,
+    together,
+)
 from training.demo.generator import (
     SHIFT,
     Generator,
@@ -30,24 +38,14 @@ from training.demo.generator import (
     initial_noise,
     load_generator,
 )
-from training.demo.pairs import Pool, ask, make_pool, pairs
-from training.demo.rated import FREE, SHARPNESS, crossed
+from training.demo.noisy_rater import load_noisy_rater
+from training.demo.pairs import Pool, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT, COARSE = 3, 2
 HIDDEN = 128
-# Of every 24 pairs so many are of each kind: half are two drawings of a caption without a style.
-MIX = {
-    "wrong": 2,
-    "degraded": 3,
-    "generated early": 1,
-    "drawn": 1,
-    "augmented": 1,
-    "mixed": 1,
-    "preferred": 1,
-    "loose": 2,
-    **dict.fromkeys(FREE, 3),
-}
+# The weight of naming the concept beside the comparisons.
+NAMING = 0.5
 REPORTED = (
     "wrong concept",
     "wrong style",
@@ -158,99 +156,41 @@ def decisive_leads(drm: DRM, scores: torch.Tensor, sigmas: torch.Tensor) -> dict
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparisons:
-    """Rows to score, latents (R, ...) with a caption each, and what is known of them: that row `ahead` (P,)
-    is better than row `behind` (P,) has probability label (P,). Rows of one group (R,) share noise and sigma.
+class Learner(nn.Module):
+    """The reward model and, while it learns, a linear reading of the concepts off its image tokens after
+    every block with a head: (R, depths) scores and (R, depths, concepts) logits.
     """
 
-    latents: torch.Tensor
-    captions: list[str]
-    group: torch.Tensor
-    ahead: torch.Tensor
-    behind: torch.Tensor
-    label: torch.Tensor
+    def __init__(self, drm: DRM, concepts: int) -> None:
+        super().__init__()
+        self.drm = drm
+        width = drm.backbone.config.width
+        self.names = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, concepts)) for _ in drm.depths
+        )
+
+    def forward(
+        self, latents: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        drm, grid = self.drm, self.drm.backbone.token_grid(*latents.shape[-2:])
+        features = drm.backbone.features(latents, 1000 * sigma, embeds, pooled, blocks=drm.depths[:-1])
+        tokens = (*features.after, features.tokens)
+        heads = (*drm.early_heads.values(), drm.head)
+        scores = [head(seen, *grid) for head, seen in zip(heads, tokens, strict=True)]
+        named = [names(seen.mean(1)) for names, seen in zip(self.names, tokens, strict=True)]
+        return torch.stack(scores, 1), torch.stack(named, 1)
 
 
-def caption_of(demo: data.DemoData, pool: Pool, icon: int, rng: torch.Generator, *, styled: bool) -> str:
-    """A caption a person might write for this icon."""
-    words, style = demo.words[pool.concept[icon]], int(pool.style[icon])
-    return text.random_caption(words, style, rng, empty=0.0, unstyled=float(not styled))
-
-
-def draw_pairs(demo: data.DemoData, pool: Pool, size: int, rng: torch.Generator) -> Comparisons:
-    """Pairs of two pictures under one caption, the kinds in the shares of MIX."""
-    chosen, rejected, labels, captions = [], [], [], []
-    for kind, share in MIX.items():
-        icons, allowed = ask(pool, kind, round(share * size / sum(MIX.values())), rng)
-        better, worse, label = pairs(pool, icons, kind, allowed, rng)
-        chosen.append(better)
-        rejected.append(worse)
-        labels.append(label)
-        captions += [caption_of(demo, pool, i, rng, styled=kind not in FREE) for i in icons.tolist()]
-    count = len(captions)
-    first, second = torch.arange(count), torch.arange(count, 2 * count)
-    return Comparisons(
-        torch.cat([*chosen, *rejected]),
-        captions * 2,
-        torch.arange(count).repeat(2),
-        first,
-        second,
-        torch.cat(labels),
-    )
-
-
-def draw_crossed(demo: data.DemoData, pool: Pool, count: int, rng: torch.Generator) -> Comparisons:
-    """Two pictures under two captions, four rows each: which picture suits a caption better, and which
-    caption a picture.
+def figures_of(margin: torch.Tensor, batch: Comparisons, named: torch.Tensor) -> dict[str, float]:
+    """What a step logs: how often pairs whose better picture is known, and the others, are told apart, and
+    how often the concept is named right.
     """
-    places, icons, utility = crossed(pool.rated, pool.concept, pool.style, count, pool.prompted, rng)
-    named = [[caption_of(demo, pool, i, rng, styled=True) for i in both] for both in icons.tolist()]
-    row = torch.arange(4 * count).reshape(count, 2, 2)  # picture, caption
-    matched = torch.stack([row[:, 0, 0], row[:, 1, 1]], 1).repeat(1, 2).flatten()
-    crosswise = torch.stack([row[:, 1, 0], row[:, 0, 1], row[:, 0, 1], row[:, 1, 0]], 1).flatten()
-    gap = utility.flatten()[matched] - utility.flatten()[crosswise]
-    return Comparisons(
-        pool.rated.latents[places].float().repeat_interleave(2, 1).flatten(0, 1),
-        [caption for both in named for caption in both * 2],
-        torch.arange(count).repeat_interleave(4),
-        matched,
-        crosswise,
-        (SHARPNESS * gap).sigmoid(),
-    )
-
-
-def together(one: Comparisons, other: Comparisons) -> Comparisons:
-    """Both in one batch."""
-    rows, groups = len(one.captions), int(one.group.max()) + 1
-    return Comparisons(
-        torch.cat([one.latents, other.latents]),
-        one.captions + other.captions,
-        torch.cat([one.group, other.group + groups]),
-        torch.cat([one.ahead, other.ahead + rows]),
-        torch.cat([one.behind, other.behind + rows]),
-        torch.cat([one.label, other.label]),
-    )
-
-
-def noised(batch: Comparisons, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' latents under noise, and sigma (R,), uniform in (0, 1)."""
-    groups = int(batch.group.max()) + 1
-    noise = torch.randn(groups, *batch.latents.shape[1:], generator=rng)[batch.group]
-    sigma = torch.rand(groups, generator=rng)[batch.group]
-    return flow.add_noise(batch.latents, noise, sigma), sigma
-
-
-def figures_of(margin: torch.Tensor, label: torch.Tensor, paired: int) -> dict[str, float]:
-    """What a step logs: how often pairs, crossed pictures with captions, and the raters' favourites among the
-    drawings of captions without a style are told apart.
-    """
-    right = ((margin > 0) == (label >= 0.5)).float()
-    free = slice(paired - sum(MIX[kind] for kind in FREE) * paired // sum(MIX.values()), paired)
+    right = ((margin > 0) == (batch.label >= 0.5)).float()
+    known = batch.known[batch.ahead]
     return {
-        "accuracy": right[:paired].mean().item(),
-        "crossed": right[paired:].mean().item(),
-        "free": right[free].mean().item(),
+        "known": right[known].mean().item(),
+        "rated": right[~known].mean().item(),
+        "named": named.float().mean().item(),
     }
 
 
@@ -259,10 +199,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/demo/autoencoder/final"))
     parser.add_argument("--generator", type=Path, default=Path("runs/demo/generator"))
+    parser.add_argument("--raters", type=Path, default=Path("runs/demo/raters"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/reward"))
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=24, help="pairs a step, a multiple of 24")
-    parser.add_argument("--crossed", type=int, default=4, help="two pictures with two captions, a step")
+    parser.add_argument("--batch", type=int, default=22, help="pairs a step, a multiple of 22")
+    parser.add_argument("--crossed", type=int, default=5, help="two pictures with two captions, a step")
     parser.add_argument("--start", type=Path, help="a reward model's file to go on from")
     parser.add_argument("--kept", type=int, default=KEPT, help="blocks kept of the generator's four")
     parser.add_argument("--coarse", type=int, default=COARSE, help="side of a token over the generator's")
@@ -277,11 +218,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     demo = data.load(args.data)
     pool = make_pool(args.generator, args.data, args.autoencoder)
+    rater = load_noisy_rater(args.raters)
     generator, tokenizer = load_generator(args.generator)
     drm = build_drm(args.generator, args.kept, args.coarse, random_backbone=args.random_backbone)
     if args.start:
         drm.load_state_dict(load_drm(args.start).state_dict())
-    compiled = torch.compile(drm.forward_depths) if args.compile else drm.forward_depths
+    learner = Learner(drm, len(demo.names))
+    compiled = torch.compile(learner) if args.compile else learner
 
     def embed_ids(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
@@ -296,18 +239,22 @@ def main() -> None:
     def loss_fn(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         batch = together(draw_pairs(demo, pool, args.batch, rng), draw_crossed(demo, pool, args.crossed, rng))
         noisy, sigma = noised(batch, rng)
+        batch, opinion = rated_under_noise(batch, noisy, sigma, rater)
         with bfloat16_autocast(noisy.device):
-            scores = compiled(noisy, sigma, *embed_ids(batch.captions)).float()
-        win, lose = scores[batch.ahead], scores[batch.behind]
+            scores, names = compiled(noisy, sigma, *embed_ids(batch.captions))
+        win, lose = scores.float()[batch.ahead], scores.float()[batch.behind]
         losses = [
             preference.bradley_terry_loss(w, r, label=batch.label) for w, r in zip(win.T, lose.T, strict=True)
         ]
-        return torch.stack(losses).mean(), figures_of((win - lose)[:, -1].detach(), batch.label, args.batch)
+        naming = -(opinion.exp()[:, None] * names.float().log_softmax(-1)).sum(-1).mean()
+        named = names[:, -1].argmax(1) == opinion.argmax(1)
+        figures = figures_of((win - lose)[:, -1].detach(), batch, named)
+        return torch.stack(losses).mean() + NAMING * naming, figures
 
     tables: dict[int, dict[str, list[float]]] = {}
 
     def on_save(step: int, averaged: torch.nn.Module) -> None:
-        tables.update(evaluate(averaged, pool, embed_icons))
+        tables.update(evaluate(averaged.drm, pool, embed_icons))
         for depth, table in tables.items():
             rows = "  ".join(f"{kind} {' / '.join(f'{a:.3f}' for a in row)}" for kind, row in table.items())
             print(f"\nstep {step}, {depth} blocks: {rows}", flush=True)
@@ -321,7 +268,7 @@ def main() -> None:
         save_every=500,
         seed=args.seed,
     )
-    averaged = train(drm, loss_fn, config, args.out, name="reward", on_save=on_save)
+    averaged = train(learner, loss_fn, config, args.out, name="reward", on_save=on_save).drm
     table = tables[args.kept]
     (args.out / "accuracy.json").write_text(
         json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": tables})
