@@ -93,6 +93,7 @@ def main() -> None:
     drm = load_drm(args.drm or args.models / REWARD).requires_grad_(False)
     prompts = asked_prompts(family, args.of, args.prompts)
     latents, judged = draw(family, prompts)
+    learned = torch.tensor([prompt.learned for prompt in prompts])
     text, rows = embed(family, [prompt.caption for prompt in prompts]), []
     for sigma in SIGMAS:
         scores = scores_at(drm, latents, sigma, *text)
@@ -103,6 +104,9 @@ def main() -> None:
             row = {"sigma": sigma, "blocks": depth, "all": interval(agreement(mine, judged, NEAR), rng)}
             row["clear"] = interval(agreement(mine, judged, CLEAR), rng)
             row["best_of_4_gain"] = interval(best.numpy(), rng)
+            for name, some in (("learned", learned), ("new", ~learned)):
+                if some.any():
+                    row[f"all_{name}"] = interval(agreement(mine[some], judged[some], NEAR), rng)
             rows.append(row)
             print(
                 f"sigma {sigma:.2f}, {depth} blocks: "

@@ -1,8 +1,9 @@
 """What the demo family is asked for in the benchmarks, and how its pictures are judged.
 
 Prompts: by default 200 that name a concept and no style, so that drawings of one prompt differ and there is
-something to choose; neither reward models nor policies learn from them. Or 200 of a concept and a style
-(`fresh_prompts`), which leave little room: the generator draws each nearly one way.
+something to choose. The reward model learned from other drawings of every second of them, and never met the
+others; no policy practises on either. Or 200 of a concept and a style (`fresh_prompts`), which leave little
+room: the generator draws each nearly one way.
 
 Scores: the DRM's own on the finished latent (sigma 0); the independent judge's probability of the concept
 that was asked for, how often it ranks it first, and its median rank. Diversity: mean distance 1 - cosine of
@@ -12,6 +13,7 @@ the judge's features between two seeds of a prompt. Intervals: 95 %, bootstrap o
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -27,15 +29,19 @@ from training.demo.judge import judge_pictures
 from training.loop import bfloat16_autocast
 
 BOOTSTRAPS = 2000
+ASKED, SAMPLE_SEED = 200, 5
 KINDS = ("free", "styled", "known")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is asked of the generator, and the number of the judge's concept it stands for."""
+    """What is asked of the generator, the number of the judge's concept it stands for, and whether the demo's
+    reward model learned from drawings of this caption.
+    """
 
     caption: str
     concept: int
+    learned: bool = False
 
 
 def choose_prompts(family: Family, count: int) -> list[Prompt]:
@@ -59,14 +65,17 @@ def unseen_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def free_prompts(family: Family) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts that name a concept and no style: those that may be learned from, and those that none of the
-    demo's reward models and policies learns from (see `data.asked_freely`).
+    """Prompts that name a concept and no style: those to practise on, and the 200 of the benchmarks, in turn
+    one that the reward model never met and one it learned from (see `data.asked_freely`).
     """
     words = {name: synonyms[0] for name, synonyms in read_concepts()}
-    asked = set(data.asked_freely(len(family.concepts)))
-    everything = [Prompt(words[name], concept) for concept, name in enumerate(family.concepts)]
-    learned = [prompt for prompt in everything if prompt.concept not in asked]
-    return learned, [prompt for prompt in everything if prompt.concept in asked]
+    new = set(data.asked_freely(len(family.concepts)))
+    everything = [Prompt(words[name], c, c not in new) for c, name in enumerate(family.concepts)]
+    learned = [prompt for prompt in everything if prompt.learned]
+    asked = random.Random(SAMPLE_SEED).sample(learned, ASKED // 2)
+    fresh = [prompt for prompt in everything if not prompt.learned][:: len(new) * 2 // ASKED]
+    both = [prompt for pair in zip(fresh, asked, strict=True) for prompt in pair]
+    return [prompt for prompt in learned if prompt not in asked], both
 
 
 def asked_prompts(family: Family, kind: str, count: int) -> list[Prompt]:

@@ -157,8 +157,8 @@ def split_prompts(family: Family, which: str) -> tuple[list[Prompt], list[Prompt
     eighth concept aside.
     """
     if which == "free":
-        learned, asked = free_prompts(family)
-        return learned, asked[:EVALUATED]
+        practised, asked = free_prompts(family)
+        return practised, asked[:EVALUATED]
     if which == "unseen":
         practised, rest = unseen_prompts(family)
         return practised, rest[:EVALUATED]

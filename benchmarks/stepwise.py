@@ -236,11 +236,14 @@ def run(bench: Bench, prompts: list[Prompt], ways: list[Way], seeds_each: int) -
         bench.plain.clear()
     latents = {name: torch.cat([part.latents for part in parts]) for name, parts in made.items()}
     figures = {name: measure(bench.family, found, prompts, seeds_each) for name, found in latents.items()}
-    return [row(way, made, figures, ways[0].name) for way in ways]
+    learned = np.array([prompt.learned for prompt in prompts])
+    return [row(way, made, figures, ways[0].name, learned) for way in ways]
 
 
-def row(way: Way, made: dict[str, list[Sampled]], figures: dict, plain: str) -> dict:
-    """One way's figures with intervals."""
+def row(way: Way, made: dict[str, list[Sampled]], figures: dict, plain: str, learned: np.ndarray) -> dict:
+    """One way's figures with intervals; the judge's also of the prompts that the reward model learned from
+    and of the others, by the mask `learned` (P,).
+    """
     rng = np.random.default_rng(0)
     parts, values = made[way.name], figures[way.name]
     seconds = sum(part.seconds for part in parts)
@@ -251,6 +254,9 @@ def row(way: Way, made: dict[str, list[Sampled]], figures: dict, plain: str) -> 
     found |= {key: interval(value, rng) for key, value in values.items()}
     for key in ("drm", "judge", "judge_first"):
         found[f"{key}_gain"] = interval(values[key] - figures[plain][key], rng)
+    for name, some in (("learned", learned), ("new", ~learned)):
+        if some.any():
+            found[f"judge_gain_{name}"] = interval((values["judge"] - figures[plain]["judge"])[some], rng)
     return found
 
 

@@ -25,11 +25,11 @@ MIX = {
     "degraded": 3,
     "generated early": 1,
     "drawn": 1,
-    "augmented": 1,
+    "augmented": 2,
     "mixed": 2,
-    "preferred": 1,
-    "loose": 3,
-    **dict.fromkeys(FREE, 2),
+    "preferred": 2,
+    "loose": 5,
+    **dict.fromkeys(FREE, 1),
 }
 
 

@@ -143,8 +143,8 @@ def kept_aside(concepts: int) -> list[tuple[int, int]]:
 
 
 def asked_freely(concepts: int) -> list[int]:
-    """The concepts that the benchmarks ask for without naming a style, ascending: no model but the generator
-    learns from such captions of theirs.
+    """The concepts, ascending, of whose captions without a style no model but the generator learns; every
+    second one is in the benchmarks.
     """
     return sorted(random.Random(SPLIT_SEED + 2).sample(range(concepts), ASKED_FREELY))
 
