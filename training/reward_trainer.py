@@ -43,7 +43,7 @@ from training.reward_report import (
     held_out_table,
     in_order,
 )
-from training.runs import TrainingError, cut_log, first_difference, make_accelerator
+from training.runs import TrainingError, checkpoint_of, cut_log, make_accelerator
 from training.shards import EncodedPairs
 
 CALIBRATION_BINS = 10
@@ -117,19 +117,11 @@ class Trainer:
         self.accelerator.end_training()
 
     def _resume(self) -> int:
-        self.out.mkdir(parents=True, exist_ok=True)
-        folder = checkpoints.latest(self.out)
+        folder = checkpoint_of(self.out, self._identity())
         if folder is None:
             if self.accelerator.is_main_process:
                 cut_log(self.out / "log.jsonl", 0)
             return 0
-        run = checkpoints.facts_of(folder).get("run", {})
-        if run != self._identity():  # before anything of another shape is put into this model
-            differs = first_difference(run, self._identity())
-            raise TrainingError(
-                f"{self.out} holds a run of another configuration ({differs} differs): give train.out another"
-                " folder, or delete that one to start anew"
-            )
         facts = checkpoints.restore(
             folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
         )

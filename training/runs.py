@@ -1,16 +1,19 @@
-"""What the trainers share: the error of a run that cannot go on, and the logs of one that does."""
+"""What the trainers share: how a run starts, goes on, logs and ends."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 
+from training import checkpoints
 from training.shards import replace_atomically
 
 
@@ -29,6 +32,48 @@ def first_difference(old: dict, new: dict) -> str:
             if old.get(section, {}).get(key) != value:
                 return f"{section}.{key}"
     return "a setting"
+
+
+def checkpoint_of(out: Path, identity: dict) -> Path | None:
+    """The newest checkpoint of the run in `out`; TrainingError when it is of another configuration, before
+    anything of another shape is put into this one's model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    folder = checkpoints.latest(out)
+    if folder is not None:
+        run = checkpoints.facts_of(folder).get("run", {})
+        if run != identity:
+            differs = first_difference(run, identity)
+            raise TrainingError(
+                f"{out} holds a run of another configuration ({differs} differs): give train.out another"
+                " folder, or delete that one to start anew"
+            )
+    return folder
+
+
+def run_to_the_end(run: Callable[[], None], errors: tuple[type[Exception], ...], out_of_memory: str) -> None:
+    """Runs a command; what ends it early is said in one sentence, and the process exits with 1, or with 130
+    when it was stopped by hand. out_of_memory: what to change when the GPU's memory does not do.
+    """
+    try:
+        run()
+    except errors as error:
+        message, code = f"error: {error}", 1
+    except torch.OutOfMemoryError:
+        message = (
+            f"error: the GPU is out of memory: {out_of_memory}; the same command goes on from the last"
+            " checkpoint"
+        )
+        code = 1
+    except OSError as error:
+        message, code = f"error: {error}; the last checkpoint is whole", 1
+    except KeyboardInterrupt:
+        message, code = "stopped; the same command goes on from the last checkpoint", 130
+    else:
+        return
+    print(message, file=sys.stderr, flush=True)
+    # The other processes may wait for this one: leave at once, the launcher ends them.
+    os._exit(code)
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -17,18 +17,14 @@ start the same command again. In train.out:
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
-
-import torch
 
 from drm import DRMFileError
 from training import checkpoints
 from training.base import BaseError
 from training.config import ConfigError, DRMConfig, read_config
 from training.reward_trainer import Trainer
-from training.runs import TrainingError
+from training.runs import TrainingError, run_to_the_end
 from training.shards import ShardError
 
 ERRORS = (
@@ -46,24 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see training/configs")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
     args = parser.parse_args(arguments)
-    try:
-        Trainer(read_config(args.config, DRMConfig, args.settings)).run()
-    except ERRORS as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = (
-            "the GPU is out of memory: lower train.micro_batch, set model.gradient_checkpointing to true or"
-            " model.train to lora; the same command goes on from the last checkpoint"
-        )
-    except OSError as error:
-        message = f"{error}; the last checkpoint is whole"
-    except KeyboardInterrupt:
-        message = "stopped: the same command goes on from the last checkpoint"
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    # The other processes may wait for this one: leave at once, the launcher ends them.
-    os._exit(1)
+    run_to_the_end(
+        lambda: Trainer(read_config(args.config, DRMConfig, args.settings)).run(),
+        ERRORS,
+        "lower train.micro_batch, set model.gradient_checkpointing to true or model.train to lora",
+    )
 
 
 if __name__ == "__main__":

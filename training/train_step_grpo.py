@@ -15,11 +15,7 @@ checkpoint as if it had not been: start the same command again. In train.out:
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
-
-import torch
 
 from drm import DRMFileError
 from drm.lora import LoRAFileError
@@ -31,7 +27,7 @@ from training.grpo.config import read_step_grpo
 from training.grpo.trainer import Trainer
 from training.prompts import PromptError
 from training.rivals import RivalError
-from training.runs import TrainingError
+from training.runs import TrainingError, run_to_the_end
 
 ERRORS = (
     ConfigError,
@@ -51,25 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see training/configs")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
     args = parser.parse_args(arguments)
-    try:
-        Trainer(read_step_grpo(args.config, args.settings)).run()
-    except ERRORS as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = (
-            "the GPU is out of memory: lower rollout.micro_prompts or evaluate.batch, or set"
-            " model.gradient_checkpointing to true; the same command goes on from the last checkpoint"
-        )
-    except OSError as error:
-        message = f"{error}; the last checkpoint is whole"
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(130)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    # The other processes may wait for this one: leave at once, the launcher ends them.
-    os._exit(1)
+    run_to_the_end(
+        lambda: Trainer(read_step_grpo(args.config, args.settings)).run(),
+        ERRORS,
+        "lower rollout.micro_prompts or evaluate.batch, or set model.gradient_checkpointing to true",
+    )
 
 
 if __name__ == "__main__":

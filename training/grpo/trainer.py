@@ -34,7 +34,7 @@ from training.grpo.figures import Tally
 from training.grpo.policy import build_policy, check_fit
 from training.prompts import open_or_make, read_prompts
 from training.rivals import load_rival
-from training.runs import TrainingError, cut_log, first_difference, make_accelerator
+from training.runs import TrainingError, checkpoint_of, cut_log, make_accelerator
 
 RESULT, BEST = "lora.safetensors", "best.safetensors"
 ORDER, START, BRANCHES = 11, 12, 13  # streams of generator()
@@ -111,16 +111,8 @@ class Trainer:
         self.accelerator.end_training()
 
     def _resume(self) -> int:
-        self.out.mkdir(parents=True, exist_ok=True)
-        folder, step = checkpoints.latest(self.out), -1
+        folder, step = checkpoint_of(self.out, self._identity()), -1
         if folder is not None:
-            run = checkpoints.facts_of(folder).get("run", {})
-            if run != self._identity():  # before anything of another shape is put into this policy
-                differs = first_difference(run, self._identity())
-                raise TrainingError(
-                    f"{self.out} holds a run of another configuration ({differs} differs): give train.out"
-                    " another folder, or delete that one to start anew"
-                )
             step = checkpoints.restore(folder, self.learned, self.optimizer, self.averaged)["step"]
         if self.main:
             cut_log(self.out / "log.jsonl", max(step, 0))
