@@ -247,7 +247,7 @@ def row(way: Way, made: dict[str, list[Sampled]], figures: dict, plain: str, lea
     rng = np.random.default_rng(0)
     parts, values = made[way.name], figures[way.name]
     seconds = sum(part.seconds for part in parts)
-    found = {"way": way.name, "settings": describe(way)}
+    found = {"way": way.name, "settings": describe(way), "pictures": sum(len(p.latents) for p in parts)}
     found["time_ratio"] = seconds / sum(part.seconds for part in made[plain])
     found["outside"] = sum(part.outside for part in parts) / seconds
     found["passes"] = float(np.mean([part.passes for part in parts]))
