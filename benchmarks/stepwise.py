@@ -1,6 +1,8 @@
 """What Step-wise Sampling costs and gives on the demo family: every measure added in turn, and at equal time.
 
-    python -m benchmarks.stepwise                               # all tables: 200 prompts, two seeds each
+    python -m benchmarks.stepwise                               # every way: 200 prompts, a seed each
+    python -m benchmarks.stepwise --seeds 2 --keep --ways "k = 1" "k = 2" "k = 4" "k = 6" "k = 8" \
+        "best of 2" "best of 3" "best of 4" fast balanced thorough      # two seeds each, in their place
     python -m benchmarks.stepwise --ways plain "k = 4" --end 0.5 --prompts 100 --out study.json
 
 Every way of sampling starts from the same noise with the same prompts, batch by batch side by side, so its
@@ -293,7 +295,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--of", choices=KINDS, default="free", help="see benchmarks.judging")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=1.5)
@@ -320,7 +322,6 @@ def main() -> None:
         "setting": dataclasses.asdict(setting),
         "prompts": len(prompts),
         "of": args.of,
-        "seeds": args.seeds,
         "device": "CPU, 2 cores",
         "rows": rows,
     }

@@ -69,7 +69,9 @@ def main() -> None:
     for axes, key in zip(panels, PANELS, strict=True):
         draw(report["rows"], axes, key)
     panels[0].legend(fontsize=8)
-    figure.suptitle(f"{report['prompts']} prompts, {report['seeds']} seed(s), 95 % intervals", fontsize=10)
+    pictures = sorted({row["pictures"] for row in report["rows"]})
+    each = " or ".join(map(str, pictures))
+    figure.suptitle(f"{report['prompts']} prompts, {each} pictures a way, 95 % intervals", fontsize=10)
     figure.savefig(args.out, dpi=110)
     print(args.out)
 

@@ -11,7 +11,14 @@ from benchmarks import stepwise_plot
 def row(way, ratio, k=4, naive=False):
     gain = [ratio / 2, ratio / 2 - 0.1, ratio / 2 + 0.1]
     settings = {"k": k, "naive": naive}
-    return {"way": way, "time_ratio": ratio, "settings": settings, "drm_gain": gain, "judge_gain": gain}
+    return {
+        "way": way,
+        "time_ratio": ratio,
+        "settings": settings,
+        "pictures": 3,
+        "drm_gain": gain,
+        "judge_gain": gain,
+    }
 
 
 def test_ways_and_their_curves():
@@ -32,7 +39,7 @@ def test_the_picture(tmp_path, monkeypatch):
         row("balanced", 1.4),
     ]
     results, out = tmp_path / "stepwise.json", tmp_path / "stepwise.png"
-    results.write_text(json.dumps({"prompts": 3, "seeds": 1, "rows": rows}))
+    results.write_text(json.dumps({"prompts": 3, "rows": rows}))
     monkeypatch.setattr(sys, "argv", ["plot", "--results", str(results), "--out", str(out)])
     stepwise_plot.main()
     with Image.open(out) as picture:
