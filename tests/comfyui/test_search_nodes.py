@@ -285,7 +285,7 @@ def test_an_older_graph_opens_with_its_old_meaning(page, name, node_type):
     assert report.console_errors == []
     widgets = report.widgets(node_type)
     assert (widgets["preset"], widgets["seconds"]) == ("custom", 0)
-    assert (widgets["num_branches"], widgets["branch_end"]) == (4, 0.5)
+    assert (widgets["num_branches"], widgets["branch_end"]) == (4, 0.9)
 
 
 def test_a_new_node_starts_with_a_preset(page):
