@@ -36,23 +36,28 @@ def reached(rows: list[dict], level: float, name: str) -> float | None:
 
 
 def compare(runs: dict[tuple[str, int], list[dict]]) -> dict[str, dict]:
-    """Of one seed: how much of GRPO's updates, passes and seconds each way took, and what else it gave
-    there.
+    """Of one seed: how many times fewer of GRPO's updates, passes and seconds each way took to GRPO's final
+    reward, where it got there, and the judge and the diversity there and at its own end.
     """
     baseline = runs[WAYS[0]]
     level, found = baseline[-1]["drm"], {}
     for (way, k), rows in runs.items():
         names = ("updates", "passes", "seconds", "judge", "diversity")
         at = {name: reached(rows, level, name) for name in names}
-        if at["passes"] is None:
-            continue
+        first, last = rows[0], rows[-1]
         found[f"{way} {k}"] = {
             "level": level,
-            **{f"{n}_saved": baseline[-1][n] / at[n] for n in ("updates", "passes", "seconds") if at[n]},
-            "judge_change": at["judge"] - rows[0]["judge"],
-            "diversity_change": at["diversity"] / rows[0]["diversity"] - 1,
+            "last": last["drm"],
+            "last_judge_change": last["judge"] - first["judge"],
+            "last_diversity_change": last["diversity"] / first["diversity"] - 1,
             **dict(zip(("best_judge", "best_at"), best_judge(rows), strict=True)),
         }
+        if at["passes"] is not None:
+            found[f"{way} {k}"] |= {
+                **{f"{n}_saved": baseline[-1][n] / at[n] for n in ("updates", "passes", "seconds") if at[n]},
+                "judge_change": at["judge"] - first["judge"],
+                "diversity_change": at["diversity"] / first["diversity"] - 1,
+            }
     return found
 
 
@@ -111,11 +116,11 @@ def main() -> None:
     compared = [compare(runs) for runs in all_runs]
     table = {}
     for name in compared[0]:
-        cells = [seed[name] for seed in compared if name in seed]
-        table[name] = {"seeds": len(cells)} | {key: spread([c[key] for c in cells]) for key in cells[0]}
-        print(
-            name, {key: [round(v, 3) for v in value] for key, value in table[name].items() if key != "seeds"}
-        )
+        cells = [seed[name] for seed in compared]
+        keys = dict.fromkeys(key for cell in cells for key in cell)
+        table[name] = {key: spread([cell[key] for cell in cells if key in cell]) for key in keys}
+        table[name]["seeds_that_reached"] = sum("passes_saved" in cell for cell in cells)
+        print(name, {key: np.round(value, 3).tolist() for key, value in table[name].items()})
     args.results.parent.mkdir(parents=True, exist_ok=True)
     runs = {f"{way} {k}": [seed[way, k] for seed in all_runs] for way, k in WAYS}
     used = {f"{way} {k}": rate for (way, k), rate in rates.items()}

@@ -32,6 +32,15 @@ def test_ways_are_compared_at_the_baselines_final_reward():
     assert step["diversity_change"] == 0
 
 
+def test_a_way_that_never_gets_there_is_known_by_its_end():
+    slow = run((0, -2.0, 0.4), (10, -1.9, 0.43))
+    found = compare({("grpo", 4): GRPO, ("step-grpo", 2): slow})["step-grpo 2"]
+    assert "passes_saved" not in found
+    assert found["last"] == -1.9
+    assert found["last_judge_change"] == pytest.approx(0.03)
+    assert found["last_diversity_change"] == 0
+
+
 def test_over_optimisation_begins_behind_the_judges_best():
     gain, reward = best_judge(STEP)
     assert gain == pytest.approx(0.04)
