@@ -6,10 +6,10 @@ Preference pairs of two drawings for one caption are what a reward model meets i
 fine-tuning. So each caption is drawn several times, by the ways samplers draw (Euler, SDE noise, much or no
 guidance, few steps) and by half-trained weights, whose mistakes are those of captions hardly known; captions
 whose drawings differ most are drawn again. Each LoRA of --policies draws them once more: what a policy does
-to please one reward model is what the next one has to see through. Two kinds of pictures are meant to
-keep it from learning icons by heart: drawings of two captions mixed, and real icons turned, recoloured,
-blurred and covered. Both are made for concepts outside of the 48 that studies hold out. Made in parts that
-resume, beside the generator:
+to please one reward model is what the next one has to see through. Where a caption names no style, or without
+guidance, drawings differ most: "free" and "loose" parts. Two kinds of pictures are meant to keep it from
+learning icons by heart: drawings of two captions mixed, and real icons turned, recoloured, blurred and
+covered. Made in parts that resume, beside the generator:
 
     drawings_<part>.safetensors         latents (M, 16, 16, 16) float16, icon (M,): whose caption, a row of
                                         the icons' latents

@@ -1,12 +1,15 @@
 """The demo reward model: the generator cut off before its last block, a head after each block that is left,
-and Bradley-Terry on the pairs of training.demo.pairs.
+and Bradley-Terry on training.demo.comparisons.
 
     python -m training.demo.reward --generator runs/demo/generator --out runs/demo/reward
     python -m training.demo.reward --random-backbone --out runs/demo/reward_random      # the ablation, equal
     steps
 
-Both pictures of a pair get the same noise at the same sigma, uniform in (0, 1). Every head learns from every
-pair; a head further forward is what the sampler reads to stop early.
+    loss = mean of -log sigmoid(s(ahead) - s(behind)), weighed by its probability, over comparisons and heads
+           + NAMING * cross entropy of the concept read off the image tokens with the noisy rater's opinion
+
+Every head learns from every comparison; a head further forward is what the sampler reads to stop early. The
+names are read by linear layers that are left behind: they make the tokens know what is drawn.
 """
 
 from __future__ import annotations
