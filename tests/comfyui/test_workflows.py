@@ -103,7 +103,7 @@ def test_page_queues_what_the_file_says(opened, server):
         if entry["class_type"] in ("StepwiseKSampler", "StepwiseSampler"):
             inputs = {key: entry["inputs"][key] for key in ("num_branches", "noise_level", "kind")}
             assert inputs == {"num_branches": 4, "noise_level": 0.7, "kind": "sde"}
-            assert (entry["inputs"]["branch_start"], entry["inputs"]["branch_end"]) == (0, 0.5)
+            assert (entry["inputs"]["branch_start"], entry["inputs"]["branch_end"]) == (0.1, 0.9)
             assert (entry["inputs"]["preset"], entry["inputs"]["seconds"]) == ("balanced", 0)
 
 
