@@ -273,6 +273,7 @@ def test_two_batches_together_keep_their_comparisons_and_their_noise():
     one, other, both = both_kinds()
     rows = len(one.captions)
     assert both.captions[rows:] == other.captions
+    assert not {*both.noise[:rows].tolist()} & {*both.noise[rows:].tolist()}
     torch.testing.assert_close(both.latents[both.ahead[22:]], other.latents[other.ahead])
     torch.testing.assert_close(both.latents[both.behind[24:]], other.latents[other.behind][2:])
     torch.testing.assert_close(both.label, torch.cat([one.label, other.label]))
