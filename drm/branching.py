@@ -24,7 +24,7 @@ from .noise import (
     uint_to_uniform,
     uniform_pair_to_normal,
 )
-from .sde import check_noise_level, check_sigmas, transition
+from .sde import NO_SCHEDULE, check_noise_level, check_sigmas, transition
 
 __all__ = [
     "Candidates",
@@ -185,7 +185,7 @@ def branch_step(
             " shapes and one id per item"
         )
     check_noise_level(noise_level, kind)
-    sigmas = (sigma, sigma_next, sigma_next if sigma_max is None else sigma_max)
+    sigmas = (sigma, sigma_next, NO_SCHEDULE if sigma_max is None else sigma_max)
     kernel = _kernel(x.device) if x.device.type == "cuda" else None
     if kernel:
         _check_at_hand(x, sigmas, kind)

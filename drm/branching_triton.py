@@ -24,11 +24,8 @@ from torch import Tensor
 
 from .branching import Candidates
 from .noise_triton import noise_of
-from .sde import NEARLY_ONE
 
 WARPS = 4
-
-_NEARLY_ONE = tl.constexpr(NEARLY_ONE)
 
 
 @triton.jit
@@ -48,8 +45,14 @@ def _transition(x, velocity, sigma, sigma_next, sigma_max, level, kept, CPS: tl.
         std = sigma_next * level
     else:
         dt = sigma_next - sigma
-        bounded = tl.where(sigma >= _NEARLY_ONE, tl.minimum(sigma, sigma_max), sigma)
-        g_squared = tl.div_rn(level * sigma, 1 - bounded)
+        length, moves = -dt, dt < 0
+        denominator = tl.maximum(1 - sigma, length - (1 - sigma))
+        g_squared = tl.div_rn(level * sigma, tl.where(moves, denominator, 1.0))
+        first = (sigma > sigma_max) & (sigma_next <= sigma_max) & moves & (sigma > 0.8)
+        most = 2 * sigma * (tl.sqrt_rn(length * length + tl.div_rn(sigma_next * sigma_next, 3.0)) - length)
+        fade = tl.where(first, tl.minimum((sigma - 0.8) * 10, 1.0), 1.0)
+        most = tl.div_rn(tl.div_rn(most, fade), tl.where(moves, length, 1.0))
+        g_squared = tl.where(first, tl.minimum(g_squared, most), g_squared)
         drift = tl.div_rn(g_squared, 2 * sigma)
         mean = x * (1 + drift * dt) + velocity * (1 + drift * (1 - sigma)) * dt
         std = tl.sqrt_rn(g_squared * -dt)

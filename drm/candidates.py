@@ -34,7 +34,7 @@ class Setup:
     noise_scale: float
     item_ids: list[int]
     chunk_size: int | None
-    sigma_max: Tensor
+    sigma_max: float
     search: Search
     reimpose: Callable[[Tensor, Tensor], Tensor] | None
     interrupt: Callable[[], object] | None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .branching import branch_step, philox4x32
-from .sde import transition, transition_log_prob
+from .sde import first_below, transition, transition_log_prob
 
 Policy = Callable[[Tensor, float], Tensor]
 Score = Callable[[Tensor, float, Tensor], Tensor]
@@ -179,7 +179,7 @@ def _loss(
 ) -> Tensor:
     """Mean loss of a step's groups, from one velocity for all siblings."""
     sigma, sigma_next = sigmas[transitions.step], sigmas[transitions.step + 1]
-    arguments = (sigma, sigma_next, settings.noise_level, settings.kind, sigmas[1])
+    arguments = (sigma, sigma_next, settings.noise_level, settings.kind, first_below(sigmas))
     mean, std = transition(transitions.x, velocity, *arguments)
     log_prob = _log_prob(transitions.candidates, mean, std, settings.kind)
     surrogate = clipped_surrogate(log_prob, transitions.log_prob, transitions.advantages, settings.clip)
@@ -211,7 +211,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Candidates (B, len(branches), C, H, W) from detached velocity, and their log-probabilities."""
     sigma, sigma_next, velocity = sigmas[step], sigmas[step + 1], velocity.detach()
-    settled = {"noise_level": settings.noise_level, "kind": settings.kind, "sigma_max": sigmas[1]}
+    settled = {"noise_level": settings.noise_level, "kind": settings.kind, "sigma_max": first_below(sigmas)}
     drawn = branch_step(
         x, velocity, sigma, sigma_next, seed=seed, step=step, items=items, branches=branches, **settled
     )

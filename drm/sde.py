@@ -14,14 +14,22 @@ CPS (coefficient-preserving), s = sigma_next * sin(a pi / 2), x0 = x - sigma v, 
     std   = s
     log p = -(x' - mean)^2                                                 averaged over C, H, W
 
-In both x' = mean + std * eps. At sigma = 1 the SDE's denominator 1 - sigma vanishes, so the next sigma of the
-run's own schedule (`sigma_max`) stands in for sigma there, which makes the first std exactly a.
+In both x' = mean + std * eps. The SDE's denominator 1 - sigma vanishes at sigma = 1; there the next sigma of
+the schedule stands in for sigma, which makes the first std exactly a. So that nothing jumps just below 1, and
+a coarse start keeps the marginal, the denominator and the first step's std are in full, with l = -dt,
+
+    1 - sigma  ->  max(1 - sigma, l - (1 - sigma))          differs where l > 2 (1 - sigma)
+    std^2      <=  2 sigma (sqrt(l^2 + sigma_next^2 / 3) - l)           from sigma 0.9 up
+
+Of noise alone a step leaves (sigma_next - h)^2 + std^2 = sigma_next^2 + 2 h l + h^2, h = std^2 / (2 sigma); the
+bound is where that is 4/3 of sigma_next^2, which a = 0.7 meets in schedules of three steps and fewer. Between
+sigma 0.9 and 0.8 it fades out. A step of no length leads nowhere.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +37,10 @@ from .flow import expand_sigma
 
 KINDS = ("sde", "cps")
 
-# Schedulers working in float32 start at 0.99999994 as often as at 1; g would be in the hundreds there.
+# Schedulers working in float32 start at 0.99999994 as often as at 1.
 NEARLY_ONE = 1 - 1e-4
+# `sigma_max` of a step that belongs to no schedule: below every sigma.
+NO_SCHEDULE = -1.0
 
 
 class SDEStep(NamedTuple):
@@ -55,42 +65,34 @@ def check_noise_level(noise_level: float, kind: str) -> None:
 
 
 def check_sigmas(sigma: Tensor, sigma_next: Tensor, sigma_max: Tensor, kind: str) -> None:
-    """Raises ValueError for a step that does not fall within [0, 1], or from 1 without a sigma_max below."""
+    """Raises ValueError for a step that does not fall within [0, 1], or from 1 with a sigma_max not below."""
     if not bool(((sigma > 0) & (sigma <= 1 + 1e-4) & (sigma_next >= 0) & (sigma_next <= sigma)).all()):
         raise ValueError(
             f"a step from sigma {sigma.flatten().tolist()} to {sigma_next.flatten().tolist()}: wanted"
             " 1 >= sigma > 0 and sigma >= sigma_next >= 0"
         )
-    if kind == "sde" and bool(((sigma >= NEARLY_ONE) & (sigma_max >= 1)).any()):
+    leaves_one = (sigma >= NEARLY_ONE) & (sigma_next < sigma)
+    if kind == "sde" and bool((leaves_one & (sigma_max >= 1)).any()):
         raise ValueError("a step from sigma 1 needs sigma_max, the schedule's next sigma, below 1")
 
 
-def _as_numbers(sigmas: tuple[float | Tensor, ...]) -> list[np.float32] | None:
-    """The sigmas where no device need be asked for them: float32 numbers cost a CPU less than tensors."""
-    if any(isinstance(s, Tensor) and (s.ndim > 0 or s.device.type != "cpu") for s in sigmas):
-        return None
-    return [np.float32(float(sigma)) for sigma in sigmas]
-
-
-def _sde_by_numbers(
-    x: Tensor, velocity: Tensor, sigmas: list[np.float32], noise_level: float
-) -> tuple[Tensor, Tensor]:
-    """`_sde_transition` of one sigma below 1 for all, operation by operation in the same float32."""
-    sigma, sigma_next = sigmas
-    dt = sigma_next - sigma
-    g_squared = np.float32(noise_level**2) * sigma / (1 - sigma)
-    drift = g_squared / (2 * sigma)
-    mean = x * float(1 + drift * dt) + velocity * float(1 + drift * (1 - sigma)) * float(dt)
-    variance = torch.full((1,) * x.ndim, float(g_squared * -dt), device=x.device)
-    return mean, torch.sqrt(variance)
+def first_below(sigmas: Sequence[float] | Tensor) -> float:
+    """`sigma_max` of a falling schedule (N + 1,): its first sigma below both its start and 1."""
+    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
+    return next((s for s in levels if s < min(levels[0], NEARLY_ONE)), levels[-1])
 
 
 def _sde_transition(
     x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float, sigma_max: Tensor
 ) -> tuple[Tensor, Tensor]:
     dt = sigma_next - sigma
-    denominator = 1 - torch.where(sigma >= NEARLY_ONE, torch.minimum(sigma, sigma_max), sigma)
-    g_squared = noise_level**2 * sigma / denominator
+    length, moves = -dt, dt < 0
+    denominator = torch.maximum(1 - sigma, length - (1 - sigma))
+    g_squared = noise_level**2 * sigma / torch.where(moves, denominator, 1.0)
+    first = (sigma > sigma_max) & (sigma_next <= sigma_max) & moves
+    most = 2 * sigma * (torch.sqrt(length**2 + sigma_next**2 / 3) - length)
+    most = most / ((sigma - 0.8) * 10).clamp(0, 1) / torch.where(moves, length, 1.0)
+    g_squared = torch.where(first, torch.minimum(g_squared, most), g_squared)
     drift = g_squared / (2 * sigma)
     mean = x * (1 + drift * dt) + velocity * (1 + drift * (1 - sigma)) * dt
     return mean, torch.sqrt(g_squared * -dt)
@@ -118,11 +120,8 @@ def transition(
     """Mean (..., C, H, W) and std of the Gaussian that the step draws from; see `sde_step`."""
     check_noise_level(noise_level, kind)
     x, velocity = latents.float(), velocity.float()
-    numbers = _as_numbers((sigma, sigma_next))
-    if kind == "sde" and numbers and 0 <= numbers[1] <= numbers[0] < NEARLY_ONE and numbers[0] > 0:
-        return _sde_by_numbers(x, velocity, numbers, noise_level)
     sigma, sigma_next = expand_sigma(sigma, x), expand_sigma(sigma_next, x)
-    sigma_max = sigma_next if sigma_max is None else expand_sigma(sigma_max, x)
+    sigma_max = expand_sigma(NO_SCHEDULE if sigma_max is None else sigma_max, x)
     check_sigmas(sigma, sigma_next, sigma_max, kind)
     if kind == "cps":
         return _cps_transition(x, velocity, sigma, sigma_next, noise_level)
@@ -159,7 +158,7 @@ def sde_step(
 
     latents, velocity, noise: (B, C, H, W), or shapes that broadcast, such as latents (B, 1, C, H, W) with
     noise (B, k, C, H, W) for k candidates from one mean. sigma, sigma_next: floats or one per item (B,).
-    sigma_max: the schedule's second sigma, used at sigma = 1 only; sigma_next when not given.
+    sigma_max: `first_below` of the schedule, which tells its first step; without it no std is bounded.
     Raises ValueError for sigmas out of order or outside [0, 1], an unknown kind, or a bad noise level.
     """
     mean, std = transition(latents, velocity, sigma, sigma_next, noise_level, kind, sigma_max)

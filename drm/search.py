@@ -143,14 +143,17 @@ def fit_to_scorer(search: Search, score: object) -> tuple[Search, list[str]]:
 def branching_plan(
     sigmas: Sequence[float], num_branches: int, start: float, end: float, search: Search
 ) -> list[int]:
-    """k of every step of the schedule `sigmas` (N + 1,); 0 is an Euler step, as the last one is."""
+    """k of every step of the schedule `sigmas` (N + 1,); 0 is an Euler step, as the last one is,
+    and one of no length."""
     steps = len(sigmas) - 1
     high, low = search.sigma_window or (math.inf, -math.inf)
     # Schedules are float32: a bound that is written as 0.9 must hold the sigma that is meant by it.
     inside = [
         step
         for step in range(steps)
-        if sigmas[step + 1] != 0 and start <= step / steps < end and low - 1e-6 <= sigmas[step] <= high + 1e-6
+        if 0 < sigmas[step + 1] < sigmas[step]
+        and start <= step / steps < end
+        and low - 1e-6 <= sigmas[step] <= high + 1e-6
     ][:: search.stride]
     last = num_branches if search.last_branches is None else search.last_branches
     plan = [0] * steps

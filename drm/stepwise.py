@@ -23,7 +23,7 @@ from .budget import Budget
 from .candidates import Setup, Step
 from .flow import velocity_from_denoised
 from .race import Race, best_path, one_branch
-from .sde import check_noise_level
+from .sde import check_noise_level, first_below
 from .search import FULL, Search, branching_plan
 from .trace import Trace, TraceStep
 
@@ -267,7 +267,7 @@ def sample_stepwise(
         noise_scale=noise_scale,
         item_ids=item_ids,
         chunk_size=chunk_size,
-        sigma_max=sigmas[1],
+        sigma_max=first_below(sigmas),
         search=search,
         reimpose=reimpose,
         interrupt=interrupt,

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
@@ -97,33 +96,37 @@ class Branching:
         return replace(settings, search=search)
 
 
-def kept_region(
-    model: comfy.samplers.KSamplerX0Inpaint, x: Tensor, sigmas: Tensor, extra_args: dict
-) -> Callable | None:
-    """(x, sigma) -> x with the masked-off region put back on the path Euler takes there; None without a mask.
+class KeptRegion:
+    """The policy under a noise mask, and what it left out put back on Euler's path.
 
-    There the denoised latent is always the input latent, so the path is known beforehand. Walking it with
-    Euler's own arithmetic leaves that region bit for bit as stock KSampler leaves it.
+    Where the mask is 0 the denoised latent is the input latent, whatever is drawn: a candidate takes Euler's
+    own step there, bit for bit as stock KSampler does. Elsewhere ComfyUI has blended the denoised latent
+    already, and a candidate stays as it is, as in stock euler_ancestral.
     """
-    mask = extra_args.get("denoise_mask")
-    if mask is None:
-        return None
-    mask_function = extra_args.get("model_options", {}).get("denoise_mask_function")
-    kept, path = x, {}
-    for sigma, sigma_next in pairwise(sigmas):
-        velocity = (kept - model.latent_image) / sigma.expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
-        kept = kept + velocity * (sigma_next - sigma)
-        path[float(sigma_next)] = kept
 
-    def reimpose(candidate: Tensor, sigma: Tensor) -> Tensor:
-        drawn = mask
-        if mask_function is not None and sigma > 0:
-            options = {"model": model.inner_model, "sigmas": model.sigmas}
-            drawn = mask_function(sigma.expand(len(candidate)), mask, extra_options=options)
-        blended = candidate * drawn + path[float(sigma)] * (1 - drawn)
-        return torch.where(drawn == 0, path[float(sigma)], torch.where(drawn == 1, candidate, blended))
+    def __init__(self, model: Callable, sigmas: Tensor, extra_args: dict) -> None:
+        options = extra_args.get("model_options", {})
+        self.model, self.extra_args = model, extra_args
+        self.mask, self.mask_function = extra_args["denoise_mask"], options.get("denoise_mask_function")
+        # A sampler that wraps this one hands a plain function on, which may have these two and no more.
+        self.known = {"model": model.inner_model, "sigmas": getattr(model, "sigmas", sigmas)}
 
-    return reimpose
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The policy's x0 (B, C, H, W); remembers where it was called."""
+        levels = sigma * x.new_ones([x.shape[0]])
+        denoised = self.model(x, levels, **self.extra_args)
+        self.x, self.sigma = x, sigma
+        # One sigma per item, because dividing by a scalar rounds differently from what k-diffusion does.
+        self.velocity = (x - denoised) / levels.reshape(-1, *[1] * (x.ndim - 1))
+        drawn = self.mask
+        if self.mask_function is not None:
+            drawn = self.mask_function(levels, self.mask, extra_options=self.known)
+        self.kept = drawn == 0
+        return denoised
+
+    def reimpose(self, candidate: Tensor, sigma_next: Tensor) -> Tensor:
+        """A candidate (B, C, H, W) at sigma_next with the kept region in place."""
+        return torch.where(self.kept, self.x + self.velocity * (sigma_next - self.sigma), candidate)
 
 
 def sample_with_drm(
@@ -155,8 +158,13 @@ def sample_with_drm(
     scorer = adapters.Scorer(drm, prompts, len(x))
     settings = branching.for_scorer(scorer)
     adapters.load_beside(guider, drm)
-    # Without injected noise nothing strays, and soft masks then act exactly as in stock KSampler.
-    reimpose = kept_region(model, x, sigmas, extra_args) if settings.noise_level > 0 else None
+    masked = None
+    # Without injected noise nothing strays.
+    if extra_args.get("denoise_mask") is not None and settings.noise_level > 0:
+        masked = KeptRegion(model, sigmas, extra_args)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return model(x, sigma * x.new_ones([x.shape[0]]), **extra_args)
 
     def report(step: dict) -> None:
         mm.throw_exception_if_processing_interrupted()
@@ -173,7 +181,7 @@ def sample_with_drm(
             )
 
     latents, trace = sample_stepwise(
-        lambda x, sigma: model(x, sigma * x.new_ones([x.shape[0]]), **extra_args),
+        denoise if masked is None else masked.denoise,
         scorer,
         x,
         sigmas,
@@ -185,7 +193,7 @@ def sample_with_drm(
         end=settings.end,
         item_ids=item_ids,
         noise_scale=float(getattr(base.model_sampling, "noise_scale", 1.0)),
-        reimpose=reimpose,
+        reimpose=None if masked is None else masked.reimpose,
         callback=report,
         interrupt=mm.throw_exception_if_processing_interrupted,
         search=settings.search,

@@ -68,17 +68,23 @@ class Inside:
         return self.run(latent, **settings)[0]["samples"]
 
     def ksampler(self, latent: dict | None = None, model: Any = None, **settings: Any) -> Tensor:
-        """Stock KSampler, euler."""
+        """Stock KSampler, euler unless another sampler_name is given."""
         import nodes
 
-        inputs = {**DEFAULTS, "positive": self.positive, "negative": self.negative, **settings}
+        inputs = {
+            "sampler_name": "euler",
+            **DEFAULTS,
+            "positive": self.positive,
+            "negative": self.negative,
+            **settings,
+        }
         with torch.inference_mode():
             out = nodes.common_ksampler(
                 model or self.model,
                 inputs["seed"],
                 inputs["steps"],
                 inputs["cfg"],
-                "euler",
+                inputs["sampler_name"],
                 inputs["scheduler"],
                 inputs["positive"],
                 inputs["negative"],

@@ -174,6 +174,104 @@ def test_differential_diffusion_keeps_its_kept_region(inside):
     assert ours.isfinite().all()
 
 
+def changes(inside, latent, model=None, seeds=range(6), **settings):
+    """Mean change of the soft region (mask 0.5) by seed, of one way to sample."""
+    found = []
+    for seed in seeds:
+        if "sampler_name" in settings:
+            out = inside.ksampler(latent, model=model, seed=seed, **settings)
+        else:
+            out = inside.stepwise(latent, model=model, seed=seed, **settings)
+        found.append((out - latent["samples"])[..., 3:6].abs().mean().item())
+    return found
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize(("kind", "num_branches"), [("sde", 1), ("sde", 3), ("cps", 3)])
+@pytest.mark.parametrize("differential", [False, True])
+def test_soft_masks_change_as_much_as_in_stock(inside, noise_level, kind, num_branches, differential):
+    """A region of mask 0.5 moves as far as euler and euler_ancestral move it, within their own spread."""
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    mask = torch.tensor([0, 0, 0, 0.5, 0.5, 0.5, 1, 1]).expand(1, 1, 8, 8).clone()
+    latent = inside.latent(seed=3, noise_mask=mask)
+    model = DifferentialDiffusion.execute(inside.model).result[0] if differential else inside.model
+    stock = [
+        change
+        for name in ("euler", "euler_ancestral")
+        for change in changes(inside, latent, model, sampler_name=name)
+    ]
+    ours = changes(inside, latent, model, noise_level=noise_level, kind=kind, num_branches=num_branches)
+    spread = max(stock) - min(stock)
+    assert min(stock) - spread / 2 < sum(ours) / len(ours) < max(stock) + spread / 2, (stock, ours)
+
+
+def test_a_sampler_that_wraps_this_one_may_bring_a_mask(inside):
+    """As Detail Daemon does: a plain function with inner_model and sigmas takes the model's place."""
+    import comfy.sample
+    import comfy.samplers
+
+    def wrapped(sampler):
+        def sample(model, x, sigmas, **options):
+            def f(x, sigma, **kwargs):
+                return model(x, sigma, **kwargs)
+
+            f.inner_model, f.sigmas = model.inner_model, sigmas
+            return sampler.sampler_function(f, x, sigmas, **sampler.extra_options, **options)
+
+        return comfy.samplers.KSAMPLER(sample)
+
+    def run(sampler):
+        latent = inside.latent(seed=3)["samples"]
+        noise = comfy.sample.prepare_noise(latent, 11)
+        sigmas = comfy.samplers.calculate_sigmas(inside.model.get_model_object("model_sampling"), "simple", 4)
+        prompts = (inside.positive, inside.negative)
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                inside.model, noise, 2.0, wrapped(sampler), sigmas, *prompts, latent, noise_mask=drawn_half()
+            )
+
+    node = inside.pack.module("nodes.sampler").StepwiseSampler
+    options = {"kind": "sde", "branch_start": 0.0, "branch_end": 1.0, "seed": 11}
+    stock = run(comfy.samplers.ksampler("euler"))
+    quiet = node.execute(inside.drm, inside.positive, num_branches=1, noise_level=0.0, **options).result[0]
+    assert torch.equal(run(quiet), stock)
+    branching = node.execute(inside.drm, inside.positive, num_branches=3, noise_level=0.7, **options).result[
+        0
+    ]
+    drawn = run(branching)
+    assert torch.equal(drawn[..., :4], stock[..., :4])
+    assert (drawn[..., 4:] - stock[..., 4:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("steps", [3, 6, 20])
+def test_a_schedule_that_starts_just_below_one_is_no_noisier_than_stock(inside, steps):
+    """ddim_uniform's first sigma is 0.999 and below: the SDE's 1 - sigma must not blow the noise up there."""
+    latent = inside.latent(batch=8)
+    stock = inside.ksampler(latent, scheduler="ddim_uniform", steps=steps)
+    for noise_level in (0.7, 1.0):
+        ours = inside.stepwise(
+            latent, scheduler="ddim_uniform", steps=steps, num_branches=1, noise_level=noise_level
+        )
+        assert 0.7 < ours.std() / stock.std() < 1.5
+
+
+def test_a_schedule_that_repeats_its_sigmas(inside, monkeypatch):
+    """More steps than the model has sigmas: `simple` gives some twice, and nothing is drawn there."""
+    import comfy.samplers
+
+    sampling = inside.model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 1500)
+    assert (sigmas.diff() == 0).any()
+    assert sigmas[0] == sigmas[1] == 1
+    model = inside.model.clone()
+    model.set_model_sampler_calc_cond_batch_function(lambda arguments: [0.5 * arguments["input"]] * 2)
+    out, trace = inside.run(model=model, steps=1500, num_branches=2, branch_end=0.004)
+    assert out["samples"].isfinite().all()
+    scored = [step.scores is not None for step in trace.steps[:6]]
+    assert scored == [bool(sigmas[i + 1] < sigmas[i]) for i in range(6)]
+
+
 def test_items_follow_their_own_winners(inside):
     samples, trace = inside.run(inside.latent(batch=4), num_branches=4, steps=6)
     winners = [step.winner for step in trace.steps[:-1]]

@@ -33,6 +33,10 @@ CHANGES = {
     "cps of full noise": {"kind": "cps", "noise_level": 1.0},
     "no noise": {"noise_level": 0.0},
     "first step": {"sigma": 1.0, "sigma_next": 0.9},
+    "first step just below 1": {"sigma": 0.9998, "sigma_next": 0.9},
+    "bounded first step": {"sigma": 0.97, "sigma_next": 0.3, "sigma_max": 0.3, "noise_level": 2.0},
+    "long step close to 1": {"sigma": 0.9997, "sigma_next": 0.8, "sigma_max": 0.9997},
+    "step of no length": {"sigma": 1.0, "sigma_next": 1.0},
     "sigmas on the device": {"sigma": torch.tensor(0.8), "sigma_next": torch.tensor(0.6)},
     "a sigma per item": {"sigma": torch.tensor([1.0, 0.5]), "sigma_next": torch.tensor([0.9, 0.0])},
     "cps, a sigma per item": {

@@ -6,7 +6,8 @@ import triton.language as tl
 from drm.noise_triton import philox_words
 
 
-@triton.jit
+# A 1 or -1 that is specialised has no type to convert.
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
 def words_kernel(out, streams, seed_low, seed_high, step, COUNTERS: tl.constexpr):
     counter = tl.arange(0, COUNTERS)
     item, branch = tl.load(streams).to(tl.uint32), tl.load(streams + 1).to(tl.uint32)
