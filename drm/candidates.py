@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .branching import Candidates, branch_step
+from .scoring import check_finite
 from .search import PATH_STREAMS, Search, calibrated, spread, survivors
 
 
@@ -146,12 +147,7 @@ def score_rows(
             scores.append(_check_scores(torch.as_tensor(found), len(index)))
             depths.append(depth)
     table = torch.cat(scores).reshape(batch, count).cpu()
-    if not bool(table.isfinite().all()):
-        row, column = (~table.isfinite()).nonzero()[0].tolist()
-        raise ValueError(
-            f"the scorer returned {table[row, column].item()} for batch item {rows[row]} at sigma"
-            f" {sigma:.4g}: the reward model overflowed or got bad input; try it in float32"
-        )
+    check_finite(table, sigma, rows)
     return table, torch.cat(depths).reshape(batch, count).cpu() if depths else None
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -52,12 +52,30 @@ class DRMFileError(ValueError):
     """The file is not a reward model this version can load; the message says what it is and what to do."""
 
 
+class _Digest:
+    """sha256 over names and weights, given in the order of their names."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, key: str, value: Tensor) -> None:
+        self._hash.update(key.encode())
+        # A 0-d tensor has no bytes to view.
+        self._hash.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
 def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+    digest = _Digest()
     for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].contiguous().view(torch.uint8).numpy())
+        digest.add(key, tensors[key])
     return digest.hexdigest()
+
+
+# (path, time of change, size) of files whose weights this process has read whole and found sound.
+_SOUND: set[tuple[str, int, int]] = set()
 
 
 def save_drm(
@@ -205,13 +223,40 @@ def _build_head(head: dict) -> ConvHead | QueryHead:
     raise ValueError(f"its head is of kind {kind!r}, known are 'conv' and 'query'; update ComfyUI-DRM")
 
 
+def _sound_weights(
+    path: Path, file: object, keys: list[str], sha256: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by name; the first time a file is read, finite and of the header's sha256 or refused."""
+    status = path.stat()
+    mark = (str(path.resolve()), status.st_mtime_ns, status.st_size)
+    digest = None if mark in _SOUND else _Digest()
+    for key in keys:
+        value = file.get_tensor(key)
+        if digest is not None:
+            digest.add(key, value)
+            if not bool(value.isfinite().all()):
+                raise DRMFileError(
+                    f"{path.name} holds NaN or infinity in {key}: its training went wrong or it is damaged,"
+                    " take an earlier checkpoint or download it again"
+                )
+        yield key, value
+    if digest is None:
+        return
+    if sha256 not in (None, digest.hexdigest()):
+        raise DRMFileError(
+            f"{path.name} does not hold the weights its header was written for (their sha256 differs): it was"
+            " edited or damaged, download or save it again"
+        )
+    _SOUND.add(mark)
+
+
 def load_drm(
     path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> DRM:
     """The model of a file saved by save_drm, in eval mode; its backbone in dtype, its head in float32.
 
-    Raises DRMFileError, in one sentence, for a missing, damaged or foreign file, one of a newer version, and
-    for any format but .safetensors.
+    Raises DRMFileError, in one sentence, for a missing, damaged or foreign file, one of a newer version, one
+    with NaN or infinity among its weights, and for any format but .safetensors.
     """
     path = Path(path)
     with _open(path) as file:
@@ -225,12 +270,10 @@ def load_drm(
                 f"{path.name} does not hold the weights its header describes ({wrong[0][0]} differs): it was"
                 " edited or mixed up, download or save it again"
             )
-        tensors = {
-            key: file.get_tensor(key).to(
-                device, dtype if key.startswith("backbone.") else torch.float32, copy=True
-            )
-            for key in expected
-        }
+        tensors = {}
+        for key, value in _sound_weights(path, file, sorted(expected), header.get("sha256")):
+            kept = dtype if key.startswith("backbone.") else torch.float32
+            tensors[key] = value.to(device, kept, copy=True)
     drm.load_state_dict(tensors, assign=True)
     drm.metadata = dict(header.get("metadata") or {})
     drm.metadata |= {name: header[name] for name in _OWN_FIELDS if header.get(name) is not None}

@@ -7,7 +7,7 @@ What siblings share is worked out once a sigma. Candidates go through in parts: 
 likes, elsewhere all at once, and half as many whenever memory runs out. How they are parted changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -153,6 +153,18 @@ class Scorer:
             if self.free is not None:
                 self.free()
         return found
+
+
+def check_finite(scores: Tensor, sigma: float, rows: Sequence[int] | None = None) -> None:
+    """Raises ValueError for NaN or infinity in scores (B, ...). rows: the batch rows they are of."""
+    if bool(scores.isfinite().all()):
+        return
+    place = (~scores.isfinite()).nonzero()[0].tolist()
+    row = place[0] if rows is None else rows[place[0]]
+    raise ValueError(
+        f"the scorer returned {scores[tuple(place)].item()} for batch item {row} at sigma {sigma:.4g}: the"
+        " reward model overflowed or got bad input; try it in float32"
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -22,8 +22,8 @@ a coarse start keeps the marginal, the denominator and the first step's std are 
     std^2      <=  2 sigma (sqrt(l^2 + sigma_next^2 / 3) - l)           from sigma 0.9 up
 
 Of noise alone a step leaves (sigma_next - h)^2 + std^2 = sigma_next^2 + 2 h l + h^2, h = std^2 / (2 sigma);
-the bound is where that is 4/3 of sigma_next^2, which a = 0.7 meets in schedules of three steps and fewer. Between
-sigma 0.9 and 0.8 it fades out. A step of no length leads nowhere.
+at the bound that is 4/3 of sigma_next^2, which a = 0.7 meets in schedules of three steps and fewer. Between
+sigma 0.9 and 0.8 the bound fades out. A step of no length leads nowhere.
 """
 
 import math

@@ -193,8 +193,8 @@ class DRMDemoCLIPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
-        return folders.missing_file_message(KIND, clip_name) or True
+    def validate_inputs(cls, clip_name: str) -> bool:
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str) -> str:
@@ -202,4 +202,5 @@ class DRMDemoCLIPLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
+        folders.check_file(KIND, clip_name)
         return io.NodeOutput(load_demo_clip(folder_paths.get_full_path_or_raise(KIND, clip_name)))

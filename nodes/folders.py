@@ -32,12 +32,15 @@ def file_fingerprint(kind: str, name: str) -> str:
     return f"{path}:{status.st_mtime_ns}:{status.st_size}"
 
 
-def missing_file_message(kind: str, name: str) -> str | None:
-    """One sentence for a file that is not there, or None when it is."""
+def check_file(kind: str, name: str) -> None:
+    """Raises FileNotFoundError for a file that is not there.
+
+    For `execute`: a name that validate_inputs refuses turns red on the page, which says nothing more.
+    """
     if folder_paths.get_full_path(kind, name) is not None:
-        return None
+        return
     there = ", ".join(safetensors_files(kind)) or "none yet"
-    return (
+    raise FileNotFoundError(
         f"there is no file '{name}' in models/{kind}: put it there and press R to refresh, or choose another"
         f" (found: {there})"
     )

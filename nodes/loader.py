@@ -38,8 +38,8 @@ class DRMLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, drm_name: str) -> bool | str:
-        return folders.missing_file_message(KIND, drm_name) or True
+    def validate_inputs(cls, drm_name: str) -> bool:
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, drm_name: str, dtype: str) -> str:
@@ -47,7 +47,5 @@ class DRMLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, drm_name: str, dtype: str) -> io.NodeOutput:
-        message = folders.missing_file_message(KIND, drm_name)
-        if message:
-            raise FileNotFoundError(f"DRM Loader: {message}.")
+        folders.check_file(KIND, drm_name)
         return io.NodeOutput(adapters.load_drm_patcher(KIND, drm_name, dtype))

@@ -38,8 +38,12 @@ def score_latents(scorer: adapters.Scorer, x0: Tensor, sigma: float, draws: int,
 
 
 def _score_batch(scorer: adapters.Scorer, x: Tensor, sigma: float) -> Tensor:
+    from ..drm.scoring import check_finite
+
     items = torch.arange(len(x))
-    return torch.cat([scorer(x[rows], sigma, rows) for rows in items.split(CHUNK)]).float().cpu()
+    scores = torch.cat([scorer(x[rows], sigma, rows) for rows in items.split(CHUNK)]).float().cpu()
+    check_finite(scores, sigma)
+    return scores
 
 
 def take(latent: dict, order: list[int]) -> dict:

@@ -54,6 +54,9 @@ class Branching:
                 f"a DRM Search is connected and preset is '{self.preset}', which brings its own: set preset"
                 " to custom, or disconnect it"
             )
+        # What a preset puts its own in place of may be anything.
+        if self.preset != "custom":
+            return
         if not 1 <= self.num_branches <= MAX_BRANCHES:
             raise ValueError(
                 f"num_branches is {self.num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"

@@ -41,8 +41,8 @@ class StepGRPOLoRATrainer(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str) -> bool | str:
-        return lora_name == NO_LORA or folders.missing_file_message("loras", lora_name) or True
+    def validate_inputs(cls, lora_name: str) -> bool:
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, prompts: str, lora_name: str, **others: object) -> str:
@@ -240,7 +240,8 @@ def prepare(
     """Checks that everything belongs together; ValueError says what does not."""
     lora = None
     if lora_name != NO_LORA:
-        lora, _ = load_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        folders.check_file("loras", lora_name)
+        lora, _ = load_lora(folder_paths.get_full_path("loras", lora_name))
     prompts = encode(clip, training.prompts)
     sampling = model.get_model_object("model_sampling")
     empty = torch.zeros(1, 16, training.height // 8, training.width // 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from drm import DRM, save_drm
@@ -85,6 +86,12 @@ def bad_files(base_dir, family, pack):
         folder / "drm" / "version.safetensors",
         {"format": "drm-reward-model", "version": "9"},
     )
+    for name, value in (("nan", float("nan")), ("edited", 0.0)):
+        with safe_open(family.drm, framework="pt") as file:
+            header = file.metadata()
+        weights = load_file(family.drm)
+        next(weights[key] for key in weights if key.startswith("head.")).view(-1)[0] = value
+        save_file(weights, folder / "drm" / f"{name}.safetensors", header)
     (folder / "drm" / "checkpoint.safetensors").write_bytes(family.checkpoint.read_bytes())
     (folder / "text_encoders" / "drm_file.safetensors").write_bytes(whole)
     (folder / "text_encoders" / "truncated.safetensors").write_bytes(family.text_encoder.read_bytes()[:-100])
@@ -93,6 +100,7 @@ def bad_files(base_dir, family, pack):
     (folder / "diffusion_models").mkdir(exist_ok=True)
     sd15_without_weights(folder / "diffusion_models" / "sd15.safetensors")
     latents = {"nan": torch.full((1, 16, 8, 8), float("nan")), "empty": torch.zeros(0, 16, 8, 8)}
+    latents |= {"huge": torch.full((1, 16, 8, 8), 1e30)}
     latents |= {"video": torch.zeros(1, 16, 2, 8, 8), "sd15": torch.ones(1, 4, 8, 8)}
     for name, samples in latents.items():
         save_file(
@@ -163,6 +171,30 @@ def sized(width, height, graph=stepwise_graph):
 
 
 FAILS_RUNNING = {
+    "missing DRM": (
+        lambda: with_drm("gone.safetensors"),
+        "there is no file 'gone.safetensors' in models/drm: put it there",
+    ),
+    "missing text encoder": (
+        lambda: with_text_encoder("gone.safetensors"),
+        "there is no file 'gone.safetensors' in models/text_encoders",
+    ),
+    "path out of the folder": (
+        lambda: with_drm("../../secret.safetensors"),
+        "there is no file '../../secret.safetensors'",
+    ),
+    "DRM with a NaN weight": (
+        lambda: with_drm("nan.safetensors"),
+        "nan.safetensors holds NaN or infinity in head.",
+    ),
+    "DRM whose weights were edited": (
+        lambda: with_drm("edited.safetensors"),
+        "edited.safetensors does not hold the weights its header was written for",
+    ),
+    "scores that overflow": (
+        lambda: with_latent("huge", score_graph),
+        "the scorer returned nan for batch item 0 at sigma 0",
+    ),
     "DRM for 4 channels": (
         lambda: with_drm("four_channels.safetensors"),
         "DRM scores latents of 4 channels and this LATENT has 16: choose a DRM",
@@ -283,18 +315,6 @@ FAILS_RUNNING = {
 }
 
 REFUSED = {
-    "missing DRM": (
-        lambda: with_drm("gone.safetensors"),
-        "there is no file 'gone.safetensors' in models/drm: put it there",
-    ),
-    "missing text encoder": (
-        lambda: with_text_encoder("gone.safetensors"),
-        "there is no file 'gone.safetensors' in models/text_encoders",
-    ),
-    "path out of the folder": (
-        lambda: with_drm("../../secret.safetensors"),
-        "there is no file '../../secret.safetensors'",
-    ),
     "sigma too high": (lambda: score_graph(sigma=1.5), "1.5 bigger than max of 1"),
     "sigma below 0": (lambda: score_graph(sigma=-0.5), "-0.5 smaller than min of 0"),
     "k of 0": (lambda: stepwise_graph(num_branches=0), "0 smaller than min of 1"),

@@ -65,7 +65,8 @@ def test_custom_without_a_search_is_what_it_was(inside):
 @pytest.mark.parametrize("preset", ["fast", "balanced", "thorough"])
 def test_a_preset_takes_the_place_of_the_widgets(inside, preset):
     core = inside.pack.module("drm.search").PRESETS[preset]
-    ours, trace = inside.run(preset=preset, num_branches=7, branch_start=0.9, steps=6)
+    # What it takes the place of cannot fail either.
+    ours, trace = inside.run(preset=preset, num_branches=7, branch_start=0.9, branch_end=0.1, steps=6)
     assert (trace.num_branches, trace.start, trace.end) == (core.num_branches, core.start, core.end)
     assert trace.preset == preset
     scored = [number for number, step in enumerate(trace.steps) if step.scores is not None]

@@ -1,6 +1,7 @@
 """One safetensors file per reward model: what goes in comes out, all else is refused in a sentence."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import drm as package
+from drm import checkpoint
 from drm.checkpoint import DRMFileError, load_drm, read_header, save_drm
 from tests.tiny import tiny_drm
 
@@ -101,6 +103,38 @@ def rewrite(path, tensors=None, **text):
     with safe_open(path, framework="pt") as file:
         metadata = {**file.metadata(), **text}
     save_file(load_file(path) if tensors is None else tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["backbone.pos_embed.proj.bias", "head.out.bias"])
+def test_weights_that_are_not_numbers_are_refused(saved, key, value):
+    tensors = load_file(saved)
+    tensors[key].view(-1)[0] = value
+    rewrite(saved, tensors)
+    with pytest.raises(DRMFileError, match=f"holds NaN or infinity in {key}"):
+        load_drm(saved)
+
+
+def test_weights_that_are_not_the_header_s_are_refused(saved):
+    tensors = load_file(saved)
+    tensors["head.out.bias"] += 1
+    rewrite(saved, tensors)
+    with pytest.raises(DRMFileError, match="their sha256 differs"):
+        load_drm(saved)
+
+
+def test_weights_are_looked_through_once_a_file(saved, monkeypatch):
+    made = []
+    digest = checkpoint._Digest
+    monkeypatch.setattr(checkpoint, "_Digest", lambda: made.append(1) or digest())
+    for _ in range(3):
+        load_drm(saved)
+    assert len(made) == 1
+    tensors = load_file(saved)
+    tensors["head.out.bias"] += 1
+    rewrite(saved, tensors)
+    with pytest.raises(DRMFileError, match="their sha256 differs"):
+        load_drm(saved)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "model.bin", "model.pth"])
