@@ -30,6 +30,8 @@ STATE = "drm-step-grpo-state"
 LIKE = 0.1
 
 
+# A DRM loaded while a prompt runs has inference tensors, which refuse to be sliced outside of that mode.
+@torch.inference_mode()
 def weights_hash(module: nn.Module) -> str:
     """sha256 over names, shapes and up to 512 evenly spaced values of every weight of a network."""
     digest = hashlib.sha256()

@@ -157,18 +157,20 @@ def without_unconditional_graph(existing: Callable | None) -> Callable:
 def thaw(network: nn.Module) -> None:
     """Freezes the base weights, and makes them such that autograd may keep them.
 
-    Weights loaded while a prompt runs are inference tensors, which autograd refuses to save. Each is replaced
-    by an equal ordinary tensor, one at a time, so that memory grows by the largest of them only.
+    Weights loaded while a prompt runs are inference tensors, which autograd refuses to save; so are the cast
+    weights that newer ComfyUI's layers keep as plain attributes (_v_weight) after a KSampler. Each is
+    replaced by an equal ordinary tensor, one at a time: memory grows by the largest of them only.
     """
     holders: dict[int, list[tuple[dict, str]]] = {}
     for module in network.modules():
-        for table in (module._parameters, module._buffers):
+        for table in (module._parameters, module._buffers, vars(module)):
             for name, tensor in table.items():
-                if tensor is not None and tensor.is_inference():
+                if isinstance(tensor, Tensor) and tensor.is_inference():
                     holders.setdefault(id(tensor), []).append((table, name))
     for places in holders.values():
         table, name = places[0]
-        fresh = table[name].detach().clone()
+        with torch.no_grad():
+            fresh = table[name].clone()
         if isinstance(table[name], nn.Parameter):
             fresh = nn.Parameter(fresh, requires_grad=False)
         for table, name in places:

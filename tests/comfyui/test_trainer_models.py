@@ -45,6 +45,47 @@ def test_weights_in_fewer_bits(inside, family, output, dtype):  # noqa: F811
     assert model.model.diffusion_model.joint_blocks[0].x_block.attn.qkv.weight.dtype == dtype
 
 
+def test_layers_that_keep_their_cast_weights(inside, family, output):  # noqa: F811
+    """What newer ComfyUI's layers do: the weight cast in a KSampler's inference mode serves later calls."""
+    model = load(family.checkpoint, dtype=torch.bfloat16)
+    layers = [
+        layer
+        for layer in model.model.diffusion_model.joint_blocks.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+
+    def keep(layer):
+        def forward(x):
+            signature = float(layer.weight.detach().float().abs().sum())
+            if getattr(layer, "_v_signature", None) != signature:
+                layer._v_signature = signature
+                layer._v_weight, layer._v_bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
+            return torch.nn.functional.linear(x, layer._v_weight, layer._v_bias)
+
+        layer.forward = forward
+
+    for layer in layers:
+        keep(layer)
+    inside.ksampler(model=model)
+    assert all(layer._v_weight.is_inference() for layer in layers)
+    learns_and_leaves(inside, model, output)
+
+
+def test_weights_of_a_prompt_are_hashed_as_any_others(inside, pack):
+    """Inference tensors, as a DRM loaded in a prompt has them, and ordinary ones of the same values."""
+    weights_hash = pack.module("nodes.grpo.files").weights_hash
+    with torch.inference_mode():
+        frozen = torch.nn.Linear(64, 64)
+    ordinary = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        ordinary.weight.copy_(frozen.weight.clone())
+        ordinary.bias.copy_(frozen.bias.clone())
+    assert frozen.weight.is_inference()
+    with torch.inference_mode(False), torch.enable_grad():
+        assert weights_hash(frozen) == weights_hash(ordinary)
+    assert weights_hash(inside.drm.model) != weights_hash(inside.model.model.diffusion_model)
+
+
 @pytest.mark.parametrize(
     "kind",
     [{"qk_norm": None, "dual_attention_layers": ()}, {"dual_attention_layers": ()}],
