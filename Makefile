@@ -20,8 +20,8 @@ demo: env ## compare plain and step-wise sampling: output/demo/comparison.png
 test: env ## run the tests (ARGS="-k name" goes to pytest)
 	@$(RUN) -m pytest $(ARGS)
 
-comfyui: env ## start ComfyUI with this pack, PORT=8188; models and pictures in .comfyui/
-	@$(RUN) -m tools.comfy_server --port $(PORT)
+comfyui: env ## start ComfyUI with this pack, PORT=8188 (ARGS="--gpu"); models and pictures in .comfyui/
+	@$(RUN) -m tools.comfy_server --port $(PORT) $(ARGS)
 
 lint: env ## what CI checks: ruff, its formatter, the registry's rules
 	@$(RUN) -m ruff check --output-format concise .

@@ -26,10 +26,10 @@ class Pack:
         return importlib.import_module(f"{self.name}.{name}")
 
 
-def load_pack() -> Pack:
-    """Puts ComfyUI on sys.path, on the CPU, and loads the pack into it."""
+def load_pack(cpu: bool = True) -> Pack:
+    """Puts ComfyUI on sys.path and loads the pack into it; on the CPU, or on whatever ComfyUI chooses."""
     sys.path.insert(0, str(COMFYUI))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+    arguments, sys.argv = sys.argv, ["main.py", *(["--cpu"] if cpu else [])]
     try:
         import comfy.options
 

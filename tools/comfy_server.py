@@ -1,4 +1,4 @@
-"""A real ComfyUI on this machine's CPU, with this pack in it: start, ask, stop.
+"""A real ComfyUI, on the CPU unless told otherwise, with this pack in it: start, ask, stop.
 
     python -m tools.comfy_server --port 8188                  # what `make comfyui` runs, until Ctrl-C
 
@@ -68,15 +68,19 @@ class ComfyServer:
         log: Path | str | None = None,
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        cpu: bool = True,
         startup_timeout: float = 240.0,
     ) -> None:
-        """`arguments` go on ComfyUI's command line, `environment` on top of ours; port None: a free one."""
+        """`arguments` go on ComfyUI's command line, `environment` on top of ours; port None: a free one.
+        cpu False: the device that ComfyUI chooses.
+        """
         self.base_dir = Path(base_dir).resolve()
         self.port = port or free_port()
         self.log = Path(log) if log else self.base_dir / "server.log"
         self.startup_timeout = startup_timeout
         self.arguments = list(arguments)
         self.environment = environment or {}
+        self.cpu = cpu
         self.process: subprocess.Popen | None = None
 
     @property
@@ -119,7 +123,7 @@ class ComfyServer:
     def _flags(self) -> list[str]:
         database = (self.base_dir / "user" / "comfyui.db").as_posix()
         flags = [
-            "--cpu",
+            *(["--cpu"] if self.cpu else []),
             "--listen",
             "127.0.0.1",
             "--port",
@@ -306,15 +310,19 @@ def port_in_use(port: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run ComfyUI with this pack on the CPU until Ctrl-C.")
+    parser = argparse.ArgumentParser(description="Run ComfyUI with this pack until Ctrl-C.")
     parser.add_argument("--port", type=int, default=8188)
     parser.add_argument(
         "--base-dir", type=Path, default=ROOT / ".comfyui", help="models, output, user data (%(default)s)"
     )
+    parser.add_argument("--gpu", action="store_true", help="the device ComfyUI chooses, not the CPU")
     options = parser.parse_args()
-    server = ComfyServer(options.base_dir, port=options.port)
+    server = ComfyServer(options.base_dir, port=options.port, cpu=not options.gpu)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    print(f"Starting ComfyUI on the CPU; models and pictures in {server.base_dir}", flush=True)
+    print(
+        f"Starting ComfyUI{'' if options.gpu else ' on the CPU'}; models and pictures in {server.base_dir}",
+        flush=True,
+    )
     try:
         with server:
             print(f"Open {server.url} - stop with Ctrl-C. Log: {server.log}", flush=True)

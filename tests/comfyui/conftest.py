@@ -7,14 +7,17 @@ def test_inside(pack):       ... pack.module("nodes.adapters") ...          # Co
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.comfyui.inside import Inside
-from tests.comfyui.page import ComfyPage, open_page
 from tests.tiny import DemoFiles, build_demo_family
 from tools.comfy_inside import Pack, load_pack
 from tools.comfy_server import ComfyServer
+
+if TYPE_CHECKING:
+    from tests.comfyui.page import ComfyPage
 
 FAMILY = ("checkpoints", "text_encoders", "drm")
 
@@ -44,8 +47,11 @@ def server(base_dir: Path, family: DemoFiles) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="session")
-def page(server: ComfyServer) -> Iterator[ComfyPage]:
+def page(server: ComfyServer) -> "Iterator[ComfyPage]":
     """The session's page of that server."""
+    # Here, so that tests without a page can be collected where no browser is.
+    from tests.comfyui.page import open_page
+
     with open_page(server.url) as page:
         yield page
 

@@ -2,11 +2,13 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
-from tools.comfy_server import PromptRejectedError
+from tools.comfy_server import ROOT, ComfyServer, PromptRejectedError
 
 GRAPH = {
     "1": {
@@ -48,6 +50,24 @@ def test_server_is_comfyui_on_the_cpu(server):
     stats = server.get("/system_stats")
     assert stats["system"]["comfyui_version"] == "0.3.75"
     assert [device["type"] for device in stats["devices"]] == ["cpu"]
+
+
+def test_the_device_is_a_choice(tmp_path):
+    assert "--cpu" in ComfyServer(tmp_path, port=1)._flags()
+    assert "--cpu" not in ComfyServer(tmp_path, port=1, cpu=False)._flags()
+
+
+def test_gpu_tests_are_collected_where_no_browser_is():
+    """A machine with a GPU seldom has playwright."""
+    code = "import sys, pytest; sys.modules['playwright'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    found = subprocess.run(
+        [sys.executable, "-c", code, "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+    assert "test_branching_triton" in found.stdout
 
 
 def test_server_loads_this_pack(server):
