@@ -15,6 +15,7 @@ __all__ = [
     "backbone",
     "branching",
     "checkpoint",
+    "choice",
     "comfy_layout",
     "compiling",
     "flow",
@@ -25,11 +26,10 @@ __all__ = [
     "model",
     "noise",
     "preference",
-    "prepared",
+    "presets",
     "save_drm",
     "scoring",
     "sde",
-    "search",
     "stepwise",
 ]
 

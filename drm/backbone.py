@@ -14,16 +14,19 @@ Coarse tokens: a patch of twice the side is one token in place of four. Its embe
 theirs, tiled over the larger patch, and its position as the mean of theirs; then it learns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
+
+    from .joint_block import Shared
 
 SD35_MEDIUM_KEPT = 21
 
@@ -106,15 +109,27 @@ def sd35_medium_config(num_kept: int = SD35_MEDIUM_KEPT) -> BackboneConfig:
 
 class Features(NamedTuple):
     """What a head may read: `tokens` (B, L, width) after the last kept block, the tapped image tokens
-    (B, L, width) and text tokens (B, T, width), the time-text embedding `temb` (B, width), and the image
-    tokens after each block that was asked for.
+    (B, L, width) and text tokens (B, T, width), and the time-text embedding `temb` (B, width).
     """
 
     tokens: Tensor
     image: list[Tensor]
     text: list[Tensor]
     temb: Tensor
-    after: tuple[Tensor, ...] = ()
+
+
+class Prepared(NamedTuple):
+    """What P prompts, each at its sigma, give to whatever is walked with them: temb (P, D), context (P, T,
+    D), and where candidates share them what the blocks make of these (joint_block.Shared, (P, ...) each).
+    """
+
+    temb: Tensor
+    context: Tensor
+    shared: "list[Shared] | None"
+
+
+# (block, tokens, context, *Shared) -> (context, tokens): one block, compiled.
+Compiled = Callable[..., tuple[Tensor | None, Tensor]]
 
 
 class TruncatedSD3(nn.Module):
@@ -122,8 +137,9 @@ class TruncatedSD3(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        from diffusers.models.attention import JointTransformerBlock
         from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
+
+        from .joint_block import JointTransformerBlock
 
         self.config = config
         self.gradient_checkpointing = False
@@ -169,40 +185,61 @@ class TruncatedSD3(nn.Module):
             )
         return height // patch, width // patch
 
-    def features(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Tensor,
-        pooled_prompt_embeds: Tensor,
-        blocks: Sequence[int] = (),
-    ) -> Features:
-        """Tokens and taps in the backbone's dtype, image tokens row-major over the token grid.
+    def prepare(
+        self, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, share: bool = True
+    ) -> Prepared:
+        """What P prompts need at timestep (P,) = 1000 sigma, whatever is walked with them.
 
-        latents (B, C, H, W) in model space; timestep (B,) = 1000 sigma; prompt_embeds (B, T,
-        joint_attention_dim); pooled_prompt_embeds (B, pooled_projection_dim). blocks: after which, counted
-        from 1, the image tokens are wanted too.
+        prompt_embeds (P, T, joint_attention_dim); pooled_prompt_embeds (P, pooled_projection_dim). share:
+        whether the blocks' modulations and the first one's text are worked out here, which pays as soon as
+        two candidates have a prompt in common.
+        """
+        from .joint_block import Shared, modulations, text_projections
+
+        temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(self.dtype))
+        context = self.context_embedder(prompt_embeds.to(self.dtype))
+        if not share:
+            return Prepared(temb, context, None)
+        signal = F.silu(temb)
+        parts = [modulations(block, signal, context.dtype) for block in self.transformer_blocks]
+        words = text_projections(self.transformer_blocks[0], context, parts[0][1])
+        shared = [Shared(*part, words if index == 0 else None) for index, part in enumerate(parts)]
+        return Prepared(temb, context, shared)
+
+    def walk(
+        self, latents: Tensor, prepared: Prepared, item: Tensor, compiled: Compiled | None = None
+    ) -> Features:
+        """Tokens and taps of latents (n, C, H, W), each with the prompt that item (n,) says.
+
+        In the backbone's dtype, image tokens row-major over the token grid.
         """
         self.token_grid(*latents.shape[-2:])
-        dtype = self.dtype
-        tokens = self.pos_embed(latents.to(dtype)).contiguous()
-        temb = self.time_text_embed(timestep, pooled_prompt_embeds.to(dtype))
-        context = self.context_embedder(prompt_embeds.to(dtype))
-        image = [tokens] if 0 in self.config.image_taps else []
-        text = [context] if 0 in self.config.text_taps else []
-        after = []
-        for number, block in enumerate(self.transformer_blocks, start=1):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                context, tokens = checkpoint(block, tokens, context, temb, use_reentrant=False)
+        config = self.config
+        tokens = self.pos_embed(latents.to(self.dtype)).contiguous()
+        temb, context = prepared.temb[item], prepared.context[item]
+        signal = F.silu(temb) if prepared.shared is None else None
+        image = [tokens] if 0 in config.image_taps else []
+        text = [context] if 0 in config.text_taps else []
+        for index, block in enumerate(self.transformer_blocks):
+            shared = None if prepared.shared is None else prepared.shared[index].of(item)
+            if compiled is not None:
+                context, tokens = compiled(block, tokens, context, *shared)
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                context, tokens = checkpoint(block, tokens, context, signal, shared, use_reentrant=False)
             else:
-                context, tokens = block(tokens, context, temb)
-            if number in self.config.image_taps:
+                context, tokens = block(tokens, context, signal, shared)
+            if index + 1 in config.image_taps:
                 image.append(tokens)
-            if number in self.config.text_taps:
+            if index + 1 in config.text_taps:
                 text.append(context)
-            if number in blocks:
-                after.append(tokens)
-        return Features(tokens, image, text, temb, tuple(after))
+        return Features(tokens, image, text, temb)
+
+    def features(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+    ) -> Features:
+        """`walk` of latents (B, C, H, W) in model space, each with a prompt of its own; see `prepare`."""
+        prepared = self.prepare(timestep, prompt_embeds, pooled_prompt_embeds, share=False)
+        return self.walk(latents, prepared, torch.arange(len(latents), device=latents.device))
 
     def forward(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor

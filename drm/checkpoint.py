@@ -3,11 +3,12 @@
 Safetensors metadata is text to text; ours is
     format   "drm-reward-model"
     version  "1"
-    header   JSON: architecture {backbone, head {kind, ...}, early_heads {blocks: {kind, ...}} where there are
-             some}, sigma (convention), text_length, calibration, shown (scale and offset of the score people
-             see), sha256 of the weights, metadata (anything its maker wrote)
-The weights are `backbone.*` in any float dtype, `head.*` and `early_heads.<blocks>.*` in float32. The file is
-written beside its target and renamed, so a reader never sees half of one.
+    header   JSON: architecture {backbone, head {kind, ...}}, sigma (convention), text_length, calibration,
+             shown (scale and offset of the score people see), sha256 of the weights, metadata (anything its
+             maker wrote)
+The weights are `backbone.*` in any float dtype and `head.*` in float32. Older files may have `early_heads.*`
+too, which are not used. The file is written beside its target and renamed, so a reader never sees half of
+one.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from .model import DRM
 FORMAT = "drm-reward-model"
 VERSION = 1
 SIGMA_CONVENTION = "x = (1 - sigma) * x0 + sigma * noise; timestep = 1000 * sigma"
+# Heads after earlier blocks, which files of the first versions have.
+_UNUSED = "early_heads."
 _OWN_FIELDS = ("text_length", "calibration", "shown")
 
 # What else people have in their folders, told by a piece of a key that only it (or what follows) has.
@@ -99,8 +102,6 @@ def save_drm(
         for key, value in drm.state_dict().items()
     }
     architecture = {"backbone": drm.backbone.config.to_dict(), "head": drm.head.to_dict()}
-    if drm.early_heads:
-        architecture["early_heads"] = {blocks: head.to_dict() for blocks, head in drm.early_heads.items()}
     header = {
         "architecture": architecture,
         "sigma": SIGMA_CONVENTION,
@@ -205,10 +206,7 @@ def _build(name: str, architecture: dict) -> DRM:
             for name, value in architecture["backbone"].items()
         }
         with torch.device("meta"):
-            early = architecture.get("early_heads", {})
-            early = {int(blocks): _build_head(head) for blocks, head in early.items()}
-            head = _build_head(architecture["head"])
-            return DRM(TruncatedSD3(BackboneConfig(**backbone)), head, early_heads=early)
+            return DRM(TruncatedSD3(BackboneConfig(**backbone)), _build_head(architecture["head"]))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DRMFileError(f"{name} describes a model this code cannot build: {error}") from error
 
@@ -264,14 +262,17 @@ def load_drm(
         drm = _build(path.name, header["architecture"])
         expected = {key: value.shape for key, value in drm.state_dict().items()}
         found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        described = {key: shape for key, shape in found.items() if not key.startswith(_UNUSED)}
+        wrong = sorted(set(expected.items()) ^ set(described.items()))
         if wrong:
             raise DRMFileError(
                 f"{path.name} does not hold the weights its header describes ({wrong[0][0]} differs): it was"
                 " edited or mixed up, download or save it again"
             )
         tensors = {}
-        for key, value in _sound_weights(path, file, sorted(expected), header.get("sha256")):
+        for key, value in _sound_weights(path, file, sorted(found), header.get("sha256")):
+            if key not in expected:
+                continue
             kept = dtype if key.startswith("backbone.") else torch.float32
             tensors[key] = value.to(device, kept, copy=True)
     drm.load_state_dict(tensors, assign=True)

@@ -4,7 +4,6 @@ P(win over lose) = sigmoid(s_win - s_lose),   loss = -log P               (Bradl
 P(win over lose) = Phi((s_win - s_lose) / sqrt(2 v)),   loss = 1 - sqrt(P)    (Thurstone 1927; the fidelity
                    of Tsai et al. 2007; v = 2 sigma^2 + 0.05 is DiNa-LRM's)
 standard score   = (s - mean(sigma)) / std(sigma)                         mean and std kept for bins of sigma
-decisive lead    = quantile over groups of (best early score - early score of the final best)
 """
 
 import torch
@@ -114,37 +113,6 @@ def standard_score(scores: Tensor, sigma: float, table: dict[str, list[float]]) 
     """Scores taken at sigma, in stds from their mean there, interpolated between the table's bin centres."""
     mean, std = (interpolate(sigma, table["sigma"], table[name]) for name in ("mean", "std"))
     return (scores - mean) / max(std, 1e-6)
-
-
-def decisive_lead(
-    early: Tensor, final: Tensor, sigma: Tensor, miss: float = 0.05, num_bins: int = 10
-) -> dict[str, list[float]]:
-    """How far behind the leader at an early depth a candidate must be to be given up, over bins of sigma.
-
-    early, final: (n, k) scores of n groups of siblings at that depth and at the last; sigma (n,). Giving up
-    every sibling further behind than the lead loses the finally best one in at most `miss` of a bin's groups.
-    Returns {"sigma": bin centres, "lead": ...} for the bins with groups. ValueError for other shapes.
-    """
-    if early.ndim != 2 or early.shape != final.shape or sigma.shape != early.shape[:1] or not len(early):
-        raise ValueError(
-            f"early has shape {tuple(early.shape)}, final {tuple(final.shape)}, sigma {tuple(sigma.shape)}:"
-            " wanted (n, k), (n, k) and (n,) of at least one group"
-        )
-    best = final.argmax(dim=1, keepdim=True)
-    behind = (early.amax(dim=1) - early.gather(1, best).squeeze(1)).double()
-    bins = _bin_of(sigma, num_bins)
-    table: dict[str, list[float]] = {"sigma": [], "lead": []}
-    for index in range(num_bins):
-        inside = behind[bins == index].sort().values
-        if len(inside):
-            table["sigma"].append((index + 0.5) / num_bins)
-            table["lead"].append(inside[len(inside) - 1 - int(miss * len(inside))].item())
-    return table
-
-
-def lead_at(sigma: float, table: dict[str, list[float]]) -> float:
-    """The lead of a `decisive_lead` table at sigma, interpolated between its bin centres."""
-    return interpolate(sigma, table["sigma"], table["lead"])
 
 
 def _bin_of(sigma: Tensor, num_bins: int) -> Tensor:

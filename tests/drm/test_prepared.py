@@ -1,13 +1,13 @@
-"""Blocks walked by hand with what siblings share: equal to diffusers' own forward and to one at a time."""
+"""One walk through the blocks, sharing what siblings have in common or not: diffusers' own forward."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
+from diffusers.models import attention
 
-from drm import DRM, prepared
-from drm.backbone import BackboneConfig, TruncatedSD3
+from drm import DRM, joint_block
+from drm.backbone import BackboneConfig, Features, TruncatedSD3
 from drm.head import ConvHead, QueryHead
 from tests.tiny import randomise
 
@@ -31,14 +31,13 @@ KINDS = {
 
 
 def make(kind: str, seed: int = 0) -> DRM:
-    """A random reward model of a kind; one with taps has a QueryHead, the others heads after each block."""
+    """A random reward model of a kind; one with taps has a QueryHead."""
     config = BackboneConfig(**SHAPE | KINDS[kind])
     backbone = randomise(TruncatedSD3(config), seed)
     if config.image_taps:
         head = QueryHead(128, len(config.image_taps), len(config.text_taps), width=64, num_heads=4)
         return DRM(backbone, randomise(head, seed + 1)).eval()
-    heads = {n: randomise(ConvHead(128, 32), seed + n, gain=2.0) for n in range(1, config.num_kept + 1)}
-    return DRM(backbone, heads.pop(config.num_kept), early_heads=heads).eval()
+    return DRM(backbone, randomise(ConvHead(128, 32), seed + 3, gain=2.0)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +53,47 @@ def draw(size: tuple[int, int] = (12, 8), siblings: int = 4):
     return latents, item, torch.randn(3, 20, 48, generator=generator), torch.randn(3, 32, generator=generator)
 
 
+def theirs(model: DRM, latents, sigma, embeds, pooled):
+    """The score by diffusers' own blocks, each through its own forward."""
+    backbone, forward = model.backbone, attention.JointTransformerBlock.forward
+    tokens = backbone.pos_embed(latents.to(backbone.dtype))
+    temb = backbone.time_text_embed(torch.full((len(latents),), 1000 * sigma), pooled.to(backbone.dtype))
+    context = backbone.context_embedder(embeds.to(backbone.dtype))
+    config, image, text = backbone.config, [tokens], [context]
+    for block in backbone.transformer_blocks:
+        context, tokens = forward(block, tokens, context, temb)
+        image.append(tokens)
+        text.append(context)
+    taps = [image[i] for i in config.image_taps], [text[i] for i in config.text_taps]
+    return model._judge(Features(tokens, *taps, temb), latents)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(12, 8), (2, 14)])
-def test_equals_the_modules_own_forward(models, kind, size):
+def test_equals_diffusers_own_forward(models, kind, size):
     model, (latents, item, embeds, pooled) = models[kind], draw(size)
     with torch.no_grad():
-        wanted = model(latents, 0.4, embeds[item], pooled[item])
+        wanted = theirs(model, latents, 0.4, embeds[item], pooled[item])
+        own = model(latents, 0.4, embeds[item], pooled[item])
     assert wanted.std() > 0.003
     found = model.score_prepared(latents, model.prepare(0.4, embeds, pooled), item)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        model.score(latents, 0.4, embeds[item], pooled[item]), wanted, atol=1e-5, rtol=0
-    )
+    for scores in (own, found, model.score(latents, 0.4, embeds[item], pooled[item])):
+        torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["dual", "taps", "no norms"])
+def test_gradients_are_diffusers_own(models, kind, checkpointing):
+    model, (latents, item, embeds, pooled) = copy.deepcopy(models[kind]), draw()
+    theirs(model, latents, 0.4, embeds[item], pooled[item]).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    model.backbone.gradient_checkpointing = checkpointing
+    model(latents, 0.4, embeds[item], pooled[item]).square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["dual", "taps", "no norms"])
@@ -99,7 +127,8 @@ def test_bfloat16_layer_and_gelu_in_one():
     block, tokens = model.backbone.transformer_blocks[0], torch.randn(50, 128)
     exact = block.ff(tokens)
     half, tokens = copy.deepcopy(block).bfloat16(), tokens.bfloat16()
-    found = prepared._feed_forward(half.ff, tokens)
+    with torch.no_grad():
+        found = joint_block._feed_forward(half.ff, tokens)
     assert (found - exact).square().mean() <= 1.1 * (half.ff(tokens) - exact).square().mean()
 
 
@@ -150,95 +179,6 @@ def test_prepared_once_serves_several_calls(models):
     assert torch.equal(model.score_prepared(latents, shared, item), first)
 
 
-def test_each_depth_and_a_walk_in_stages(models):
-    model, (latents, item, embeds, pooled) = models["dual"], draw()
-    with torch.no_grad():
-        columns = model.forward_depths(latents, 0.4, embeds[item], pooled[item])
-    shared = model.prepare(0.4, embeds, pooled)
-    for stop, depth in enumerate(model.depths):
-        scores, depths = model.score_staged(
-            latents, shared, item, lambda d, s, stop=depth: torch.full((12,), d < stop)
-        )
-        torch.testing.assert_close(scores, columns[:, stop], atol=1e-5, rtol=0)
-        assert depths.tolist() == [depth] * 12
-
-
-def test_rows_that_stop_keep_their_score_and_others_go_on(models):
-    model, (latents, item, embeds, pooled) = models["dual"], draw()
-    with torch.no_grad():
-        columns = model.forward_depths(latents, 0.4, embeds[item], pooled[item])
-    rows = {1: [1, 4, 5, 7, 10], 2: [2, 5, 10]}
-    asked = []
-
-    def go_on(depth, scores):
-        asked.append((depth, scores.clone()))
-        return torch.zeros(12, dtype=torch.bool).index_fill(0, torch.tensor(rows[depth]), True)
-
-    scores, depths = model.score_staged(latents, model.prepare(0.4, embeds, pooled), item, go_on)
-    # Row 2 stopped after the first block; that it is asked for again changes nothing.
-    assert depths.tolist() == [1, 2, 1, 1, 2, 3, 1, 2, 1, 1, 3, 1]
-    torch.testing.assert_close(scores, columns[torch.arange(12), depths - 1], atol=1e-5, rtol=0)
-    assert [depth for depth, _ in asked] == [1, 2]
-    torch.testing.assert_close(asked[0][1], columns[:, 0], atol=1e-5, rtol=0)
-    stopped = torch.tensor([row not in rows[1] for row in range(12)])
-    assert (asked[1][1][stopped] == -torch.inf).all()
-    torch.testing.assert_close(asked[1][1][~stopped], columns[~stopped, 1], atol=1e-5, rtol=0)
-
-
-def test_only_the_rows_that_go_on_are_computed(models):
-    model, (latents, item, embeds, pooled) = models["dual"], draw()
-    seen = []
-    blocks = model.backbone.transformer_blocks
-    handles = [
-        blocks[0].attn.to_q.register_forward_hook(lambda m, a, out: seen.append(("image 1", len(out)))),
-        blocks[0].attn.to_add_out.register_forward_hook(lambda m, a, out: seen.append(("text 1", len(out)))),
-        blocks[1].attn.to_q.register_forward_hook(lambda m, a, out: seen.append(("image 2", len(out)))),
-    ]
-    model.score_staged(
-        latents, model.prepare(0.4, embeds, pooled), item, lambda d, s: (torch.arange(12) < 5) & (d < 2)
-    )
-    for handle in handles:
-        handle.remove()
-    assert seen == [("image 1", 12), ("text 1", 5), ("image 2", 5)]
-
-
-@pytest.mark.parametrize("kind", ["taps", "image taps", "one block"])
-def test_without_early_heads_there_is_one_stage(models, kind):
-    model, (latents, item, embeds, pooled) = models[kind], draw()
-
-    def never(depth, scores):
-        raise AssertionError("nobody is asked after the last depth")
-
-    shared = model.prepare(0.4, embeds, pooled)
-    scores, depths = model.score_staged(latents, shared, item, never)
-    assert torch.equal(scores, model.score_prepared(latents, shared, item))
-    assert depths.tolist() == [model.num_blocks] * 12
-
-
-def test_taps_survive_the_rows_that_leave(models):
-    """A QueryHead at the end reads taps from before the early head that some rows left at."""
-    last, (latents, item, embeds, pooled) = models["taps"], draw()
-    model = DRM(last.backbone, last.head, early_heads={2: randomise(ConvHead(128, 32), 5)}).eval()
-    with torch.no_grad():
-        columns = model.forward_depths(latents, 0.4, embeds[item], pooled[item])
-    stays = torch.arange(12) % 3 == 1
-    scores, depths = model.score_staged(
-        latents, model.prepare(0.4, embeds, pooled), item, lambda depth, scores: stays
-    )
-    torch.testing.assert_close(scores, torch.where(stays, columns[:, 1], columns[:, 0]), atol=1e-5, rtol=0)
-    assert depths.tolist() == torch.where(stays, 3, 2).tolist()
-
-
-def test_shown_scores_at_every_depth(models):
-    model, (latents, item, embeds, pooled) = copy.copy(models["dual"]), draw()
-    model.metadata = {"shown": {"scale": 0.1, "offset": 1.0}}
-    plain, shared = models["dual"], model.prepare(0.4, embeds, pooled)
-    for go_on in (lambda d, s: s > s.median(), lambda d, s: s < -9):
-        found = model.score_staged(latents, shared, item, go_on)[0]
-        raw = plain.score_staged(latents, shared, item, go_on)[0]
-        torch.testing.assert_close(found, 0.1 * raw + 1.0)
-
-
 def test_wrong_input_is_refused(models):
     model, (latents, item, embeds, pooled) = models["dual"], draw()
     with pytest.raises(ValueError, match="wanted 0"):
@@ -249,15 +189,4 @@ def test_wrong_input_is_refused(models):
     with pytest.raises(ValueError, match="16 channels"):
         model.score_prepared(latents[:, :4], shared, item)
     with pytest.raises(ValueError, match="multiples of 2"):
-        model.score_staged(latents[..., :7], shared, item, lambda d, s: s > 0)
-
-
-def test_rows_joined_are_the_rows_taken_apart(models):
-    model, (latents, item, embeds, pooled) = models["taps"], draw()
-    shared = model.prepare(0.4, embeds, pooled)
-    rows = prepared.walk(model.backbone, shared, prepared.enter(model.backbone, latents, shared, item), 2)
-    again = prepared.Rows.join([rows.take(slice(0, 5)), rows.take(torch.arange(5, 12))])
-    for field in dataclasses.fields(rows):
-        one, other = getattr(rows, field.name), getattr(again, field.name)
-        for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (one, other)), strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        model.score_prepared(latents[..., :7], shared, item)
