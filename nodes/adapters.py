@@ -178,30 +178,10 @@ class Scorer:
     def __call__(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
         return self._at(sigma)(self._padded(candidates), sigma, item_index)
 
-    def staged(
-        self, candidates: Tensor, sigma: float, item_index: Tensor, go_on: Callable[[int, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Scores (n,) and the depths (n,) they were taken at, see drm.scoring.Scorer.staged."""
-        return self._at(sigma).staged(self._padded(candidates), sigma, item_index, go_on)
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Blocks before each of the DRM's heads."""
-        return self.patcher.model.depths
-
     @property
     def dtype(self) -> torch.dtype:
         """What candidates are best given in."""
         return self.patcher.model.backbone.dtype
-
-    @property
-    def calibration(self) -> dict[str, list[float]] | None:
-        """Mean and std of real pictures' scores by sigma, None where the file has none."""
-        return self.patcher.model.metadata.get("calibration")
-
-    def decisive(self, depth: int, sigma: float) -> float | None:
-        """How far behind the leader at that depth a candidate is out, None where nobody has measured it."""
-        return self._at(sigma).decisive(depth, sigma)
 
     def _padded(self, candidates: Tensor) -> Tensor:
         """Sizes that are no multiple of a patch, padded as ComfyUI's network pads them."""

@@ -7,10 +7,13 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
+from ..drm.presets import PRESETS
+from ..drm.sde import KINDS
+from ..drm.trace import Trace
 from . import adapters
 from .loader import DRMModel
-from .search import PRESETS, DRMSearchType
-from .step_loop import KINDS, MAX_BRANCHES, Branching, sample_with_drm
+from .search import DRMSearchType
+from .step_loop import MAX_BRANCHES, branching_of, sample_with_drm
 from .traces import DRMTrace, TraceLog
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -39,7 +42,7 @@ def branching_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "kind",
-            options=KINDS,
+            options=list(KINDS),
             default="sde",
             tooltip="sde: the stochastic step of Flow-GRPO. cps: coefficient-preserving, leaves no residual "
             "noise and "
@@ -71,7 +74,7 @@ def spending_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "preset",
-            options=PRESETS,
+            options=["custom", *PRESETS],
             default="balanced",
             optional=True,
             tooltip="fast, balanced, thorough: measured settings in place of num_branches, branch_start, "
@@ -84,8 +87,8 @@ def spending_inputs() -> list[io.Input]:
             max=86400.0,
             step=0.5,
             optional=True,
-            tooltip="Time the sampling may take: the first two steps are measured, then the number of "
-            "candidates and the window are chosen to finish inside it. 0: no limit.",
+            tooltip="Time the sampling may take: once a step was measured, each draws as many candidates "
+            "as still leave the model its time. 0: no limit.",
         ),
         DRMSearchType.Input("search", optional=True, tooltip="From DRM Search, for preset custom."),
     ]
@@ -182,14 +185,14 @@ class StepwiseKSampler(io.ComfyNode):
         branch_end: float,
         preset: str = "custom",
         seconds: float = 0.0,
-        search: object = None,
+        search: dict | None = None,
     ) -> io.NodeOutput:
-        branching = Branching(
+        branching = branching_of(
             num_branches=num_branches,
             noise_level=noise_level,
             kind=kind,
-            start=branch_start,
-            end=branch_end,
+            branch_start=branch_start,
+            branch_end=branch_end,
             seed=seed,
             preset=preset,
             seconds=seconds,
@@ -235,26 +238,7 @@ class StepwiseKSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        return io.NodeOutput(out, traces[0] if traces else empty_trace(branching, item_ids))
-
-
-def empty_trace(branching: Branching, item_ids: list[int]) -> object:
-    """The trace of a run without steps, which denoise 0 makes."""
-    from ..drm.trace import Trace
-
-    settings = branching.chosen()
-    return Trace(
-        num_branches=settings.num_branches,
-        noise_level=settings.noise_level,
-        kind=settings.kind,
-        seed=settings.seed,
-        start=settings.start,
-        end=settings.end,
-        noise_scale=1.0,
-        item_ids=item_ids,
-        search=None if settings.search is None else settings.search.as_dict(),
-        preset=branching.preset,
-    )
+        return io.NodeOutput(out, traces[0] if traces else Trace(branching, item_ids))
 
 
 class StepwiseSampler(io.ComfyNode):
@@ -316,14 +300,14 @@ class StepwiseSampler(io.ComfyNode):
         seed: int,
         preset: str = "custom",
         seconds: float = 0.0,
-        search: object = None,
+        search: dict | None = None,
     ) -> io.NodeOutput:
-        branching = Branching(
+        branching = branching_of(
             num_branches=num_branches,
             noise_level=noise_level,
             kind=kind,
-            start=branch_start,
-            end=branch_end,
+            branch_start=branch_start,
+            branch_end=branch_end,
             seed=seed,
             preset=preset,
             seconds=seconds,

@@ -6,11 +6,8 @@
 The policy is only ever called through ComfyUI's own wrapper, so CFG, LoRA, ControlNet, areas and hooks apply.
 """
 
-import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -18,85 +15,59 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..drm.presets import PRESETS, Branching
+from ..drm.sde import KINDS
 from . import adapters, trace_metadata
-from .search import PRESETS, check_calibrated
 from .traces import trace_to_dict
 
-if TYPE_CHECKING:
-    from ..drm.search import Search
-
-KINDS = ["sde", "cps"]
 MAX_BRANCHES = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Branching:
-    """What the shared inputs say; names as in drm.stepwise. search: from DRM Search, None without one."""
+def branching_of(
+    *,
+    num_branches: int,
+    noise_level: float,
+    kind: str,
+    branch_start: float,
+    branch_end: float,
+    seed: int,
+    preset: str,
+    seconds: float,
+    search: dict | None,
+) -> Branching:
+    """The settings that the shared inputs ask for.
 
-    num_branches: int
-    noise_level: float
-    kind: str
-    start: float
-    end: float
-    seed: int
-    preset: str = "custom"
-    seconds: float = 0.0
-    search: "Search | None" = None
-
-    def __post_init__(self) -> None:
-        # A linked value escapes the limits of the widget.
-        adapters.check_choice("kind", self.kind, KINDS)
-        adapters.check_choice("preset", self.preset, PRESETS)
-        if not (math.isfinite(self.seconds) and self.seconds >= 0):
-            raise ValueError(f"seconds is {self.seconds}: give 0 for no limit, or the time it may take")
-        if self.search is not None and self.preset != "custom":
-            raise ValueError(
-                f"a DRM Search is connected and preset is '{self.preset}', which brings its own: set preset"
-                " to custom, or disconnect it"
-            )
-        # What a preset puts its own in place of may be anything.
-        if self.preset != "custom":
-            return
-        if not 1 <= self.num_branches <= MAX_BRANCHES:
-            raise ValueError(
-                f"num_branches is {self.num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"
-            )
-        if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(
-                f"branch_start is {self.start} and branch_end {self.end}: wanted 0 <= branch_start <="
-                " branch_end <= 1"
-            )
-
-    def chosen(self) -> "Branching":
-        """The same with what the preset puts in place of num_branches, the window and the search."""
-        if self.preset == "custom":
-            return self
-        from ..drm.search import PRESETS as KNOWN
-
-        preset = KNOWN[self.preset]
-        return replace(
-            self,
-            num_branches=preset.num_branches,
-            start=preset.start,
-            end=preset.end,
-            preset="custom",
-            search=preset.search,
+    Raises ValueError for what makes no sense: a linked value escapes the limits of its widget.
+    """
+    adapters.check_choice("kind", kind, list(KINDS))
+    adapters.check_choice("preset", preset, ["custom", *PRESETS])
+    if search is not None and preset != "custom":
+        raise ValueError(
+            f"a DRM Search is connected and preset is '{preset}', which brings its own: set preset to custom,"
+            " or disconnect it"
         )
-
-    def for_scorer(self, scorer: adapters.Scorer) -> "Branching":
-        """`chosen`, without what a preset would like and this scorer cannot say."""
-        settings = self.chosen()
-        if settings.search is None:
-            return settings
-        if self.preset == "custom":
-            check_calibrated(self.search, scorer)
-            return settings
-        from ..drm.search import fit_to_scorer
-
-        search, dropped = fit_to_scorer(settings.search, scorer)
-        if dropped:
-            logging.info("DRM: preset %s without %s, for this DRM has no calibration", self.preset, dropped)
-        return replace(settings, search=search)
+    if preset == "custom" and not 1 <= num_branches <= MAX_BRANCHES:
+        raise ValueError(
+            f"num_branches is {num_branches}: give a number from 1 to {MAX_BRANCHES} (4 is usual)"
+        )
+    if preset == "custom" and not 0 <= branch_start <= branch_end <= 1:
+        raise ValueError(
+            f"branch_start is {branch_start} and branch_end {branch_end}: wanted 0 <= branch_start <="
+            " branch_end <= 1"
+        )
+    settings = Branching(
+        num_branches=num_branches,
+        noise_level=noise_level,
+        kind=kind,
+        start=branch_start,
+        end=branch_end,
+        seed=seed,
+        preset=preset,
+        seconds=seconds,
+        **(search or {}),
+    )
+    settings.chosen()
+    return settings
 
 
 class KeptRegion:
@@ -159,11 +130,12 @@ def sample_with_drm(
     adapters.check_policy(guider.model_patcher, prompts, x)
     adapters.check_drm_fits(drm, prompts, x)
     scorer = adapters.Scorer(drm, prompts, len(x))
-    settings = branching.for_scorer(scorer)
+    noise_scale = float(getattr(base.model_sampling, "noise_scale", 1.0))
+    settings = replace(branching, noise_scale=noise_scale)
     adapters.load_beside(guider, drm)
     masked = None
     # Without injected noise nothing strays.
-    if extra_args.get("denoise_mask") is not None and settings.noise_level > 0:
+    if extra_args.get("denoise_mask") is not None and not settings.chosen().is_quiet():
         masked = KeptRegion(model, sigmas, extra_args)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -188,21 +160,12 @@ def sample_with_drm(
         scorer,
         x,
         sigmas,
-        num_branches=settings.num_branches,
-        noise_level=settings.noise_level,
-        kind=settings.kind,
-        seed=settings.seed,
-        start=settings.start,
-        end=settings.end,
+        settings=settings,
         item_ids=item_ids,
-        noise_scale=float(getattr(base.model_sampling, "noise_scale", 1.0)),
         reimpose=None if masked is None else masked.reimpose,
         callback=report,
         interrupt=mm.throw_exception_if_processing_interrupted,
-        search=settings.search,
-        seconds=settings.seconds or None,
     )
-    trace.preset = branching.preset
     trace_metadata.record(trace_to_dict(trace))
     final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
     on_trace(trace, base.process_latent_out(final.to(torch.float32)))

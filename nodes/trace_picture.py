@@ -1,9 +1,8 @@
 """A trace as a picture, drawn with Pillow alone, which ComfyUI brings along.
 
 One dot a candidate, steps from left to right, sigma_next below; the winners joined by a line. Steps that
-scored nothing are shaded and the line crosses them thinly. Rings: candidates given up at an earlier depth of
-the reward model, whose scores are not quite the others'; red rings: a beam's other paths. Drawn at twice the
-size and scaled down, which smooths edges and letters.
+scored nothing are shaded and the line crosses them thinly. Drawn at twice the size and scaled down, which
+smooths edges and letters.
 """
 
 import math
@@ -24,12 +23,10 @@ UNSCORED, CROSSING = "#f6f6f6", "#e8a4ad"
 
 @dataclass(frozen=True)
 class Row:
-    """One step of one picture: its scores, which of them are at full depth, who won, who else was kept."""
+    """One step of one picture: its scores, and who won."""
 
     scores: list[float]
-    whole: list[bool]
     winner: int
-    kept: list[int]
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,8 @@ def item_rows(trace: "Trace", item: int, relative: bool) -> list[Row | None]:
         if not scores:
             rows.append(None)
             continue
-        depth = step.depth[item] if step.depth else [0] * len(scores)
-        whole = [blocks == max(depth) for blocks in depth]
-        compared = [score for score, deepest in zip(scores, whole, strict=True) if deepest]
-        zero = sum(compared) / len(compared) if relative else 0.0
-        kept = step.kept[item] if step.kept else []
-        rows.append(Row([score - zero for score in scores], whole, step.winner[item], kept))
+        zero = sum(scores) / len(scores) if relative else 0.0
+        rows.append(Row([score - zero for score in scores], step.winner[item]))
     return rows
 
 
@@ -107,10 +100,10 @@ def draw_trace(
 
 def _title(trace: "Trace", item: int, relative: bool) -> str:
     what = "DRM score of each candidate" + (", above its step's mean" if relative else "")
+    run, preset = trace.settings.chosen(), trace.settings.preset
     return (
-        f"{what}   |   picture {trace.item_ids[item]}, seed {trace.seed},"
-        f" {trace.num_branches} branches,"
-        f" {trace.kind} {trace.noise_level:g}" + ("" if trace.preset == "custom" else f", {trace.preset}")
+        f"{what}   |   picture {trace.item_ids[item]}, seed {run.seed}, {run.num_branches} branches,"
+        f" {run.kind} {run.noise_level:g}" + ("" if preset == "custom" else f", {preset}")
     )
 
 
@@ -154,15 +147,13 @@ def _shade_unscored(draw: ImageDraw.ImageDraw, axes: Axes, rows: list[Row | None
 
 
 def _draw_scores(draw: ImageDraw.ImageDraw, axes: Axes, rows: list[Row | None], unit: float) -> None:
-    def dot(x: float, y: float, radius: float, colour: str, ring: bool = False) -> None:
-        box = [x - radius, y - radius, x + radius, y + radius]
-        draw.ellipse(box, fill=PAPER if ring else colour, outline=colour, width=max(1, round(1.5 * unit)))
+    def dot(x: float, y: float, radius: float, colour: str) -> None:
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
 
     scored = [(i, row) for i, row in enumerate(rows) if row is not None]
     for i, row in scored:
-        for place, (score, whole) in enumerate(zip(row.scores, row.whole, strict=True)):
-            colour = CHOSEN if place in row.kept else CANDIDATE
-            dot(axes.x(i), axes.y(score), 3.5 * unit, colour, ring=not whole or place in row.kept)
+        for score in row.scores:
+            dot(axes.x(i), axes.y(score), 3.5 * unit, CANDIDATE)
     path = [(i, axes.x(i), axes.y(row.scores[row.winner])) for i, row in scored]
     for (i, *start), (j, *end) in pairwise(path):
         next_door = j == i + 1

@@ -34,10 +34,7 @@ NODES = {
     ),
     "DRMSearch": (
         "DRM Search",
-        (
-            "choice temperature paths beam_end stride last_branches sigma_high sigma_low early_exit"
-            " good_enough skip_below"
-        ).split(),
+        ["choice", "temperature", "stride"],
         ["DRM_SEARCH"],
     ),
     "DRMTracePlot": ("DRM Trace Plot", ["trace", "item", "scores", "width", "height", "latent"], ["IMAGE"]),

@@ -1,5 +1,7 @@
 """Traces: found again by the LATENT, drawn, and kept in the metadata of pictures."""
 
+import json
+
 import pytest
 import torch
 
@@ -102,41 +104,32 @@ def test_scores_above_the_mean(inside, drawn):
     assert item_rows(drawn[1], 0, False)[-1] is None
 
 
-@pytest.fixture
-def uneven(inside):
-    """A beam of two pictures: the second rests at step 1 and gave candidates up early at step 0."""
-    module = inside.pack.module("drm.trace")
-    steps = [
-        module.TraceStep(
-            1.0, 0.8, [[1.0, 2.0, 3.0], [9.0, 1.0, 2.0]], [2, 2], [[2, 0], [2, 1]], [[3, 3, 3], [1, 3, 3]]
-        ),
-        module.TraceStep(0.8, 0.4, [[4.0, 5.0], []], [1, 0], [[1, 0], [0, 0]], [[3, 3], []]),
-        module.TraceStep(0.4, 0.0, [[6.0, 7.0], [8.0, 7.0]], [1, 0]),
-    ]
-    return module.Trace(3, 0.7, "sde", 5, 0.0, 1.0, 1.0, [0, 1], steps, preset="thorough")
+def test_a_trace_survives_json_and_an_older_one_is_read(inside, drawn):
+    trace = inside.pack.module("drm.trace").Trace
+    assert trace.from_json(drawn[1].to_json()) == drawn[1]
+    older = {
+        **{"num_branches": 3, "noise_level": 0.7, "kind": "sde", "seed": 5, "start": 0.0, "end": 1.0},
+        **{"noise_scale": 1.0, "item_ids": [0], "preset": "custom", "budget": None},
+        "search": {"choice": "softmax", "temperature": 0.5, "paths": 2, "stride": 3, "sigma_window": None},
+        "spent": {"denoise": 3, "scored": {"full": 6}, "seconds": 1.0},
+        "steps": [
+            {"sigma": 1.0, "sigma_next": 0.0, "scores": [[1.0, 2.0]], "winner": [1]} | {"kept": [[1, 0]]}
+        ],
+    }
+    read = trace.from_json(json.dumps(older))
+    assert (read.settings.stride, read.settings.choice, read.settings.num_branches) == (3, "softmax", 3)
+    assert read.steps[0].winner == [1]
 
 
-def test_rows_of_a_run_that_searched(inside, uneven):
-    picture = inside.pack.module("nodes.trace_picture")
-    first, rested, last = picture.item_rows(uneven, 1, relative=True)
-    assert first == picture.Row([7.5, -0.5, 0.5], [False, True, True], 2, [2, 1])
-    assert rested is None
-    assert last == picture.Row([0.5, -0.5], [True, True], 0, [])
-    assert picture.item_rows(uneven, 0, relative=False)[1].scores == [4.0, 5.0]
-
-
-def test_plot_of_a_run_that_searched(inside, uneven):
+def test_plot_shades_what_was_not_scored(inside):
     draw = inside.pack.module("nodes.trace_picture").draw_trace
-    whole, rested = (draw(uneven, item, False, (900, 500)) for item in (0, 1))
-    shade = (0xF6, 0xF6, 0xF6)
-    counts = [
-        {colour: count for count, colour in drawn.getcolors(1 << 20)}.get(shade, 0)
-        for drawn in (whole, rested)
-    ]
-    # Letters have such pixels at their edges; a shaded step is a third of the plot.
-    assert counts[0] < 500
-    assert counts[1] > 60_000
-    assert chosen_pixels(whole) > chosen_pixels(rested) > 50
+    counts, shade = [], (0xF6, 0xF6, 0xF6)
+    for end in (1.0, 0.5):
+        _, trace = inside.run(num_branches=3, steps=5, branch_end=end)
+        colours = {colour: count for count, colour in draw(trace, 0, False, (900, 500)).getcolors(1 << 20)}
+        counts.append(colours.get(shade, 0))
+    # The last step never scores; with half a window two more of the five do not.
+    assert counts[1] > 1.9 * counts[0] > 60_000
 
 
 def test_ticks_are_round_numbers_inside_the_range(inside):
