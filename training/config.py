@@ -33,9 +33,7 @@ class ConfigError(ValueError):
 class ModelConfig:
     """`base`: an SD3 or SD3.5 checkpoint (one file or a diffusers folder), or a reward model to go on from,
     which then decides depth, tokens and head. `train`: all weights, a LoRA on the attention and the head, or
-    the head alone. `random_backbone` keeps the base's shape and none of its weights. `early_heads`: further
-    heads after these blocks, counted from 1; the losses of all heads are added up, and early ones teach the
-    backbone too, because what its first blocks keep for the last head alone says little halfway. `coarse`:
+    the head alone. `random_backbone` keeps the base's shape and none of its weights. `coarse`:
     the side of a token over the base's; 2 makes four times fewer of them, for a model that scores several
     times as fast.
     """
@@ -44,7 +42,6 @@ class ModelConfig:
     num_kept: int = 21
     coarse: int = 1
     head_hidden: int = 256
-    early_heads: tuple[int, ...] = ()
     train: Literal["full", "lora", "head"] = "full"
     lora_rank: int = 64
     lora_alpha: float = 128.0
@@ -155,7 +152,7 @@ def _check(config: DRMConfig) -> None:
             f"version is {config.version}, this code reads {VERSION}: take the configuration of this release"
             " in training/configs and carry your values over"
         )
-    train, low_high, early = config.train, config.train.sigma, config.model.early_heads
+    train, low_high = config.train, config.train.sigma
     wrong = [
         (train.global_batch < 1, "train.global_batch", train.global_batch, "at least 1"),
         (train.micro_batch < 1, "train.micro_batch", train.micro_batch, "at least 1"),
@@ -175,7 +172,6 @@ def _check(config: DRMConfig) -> None:
             config.model.coarse,
             "1 unless model.train is full, because coarse tokens must be learned",
         ),
-        (early != tuple(sorted({n for n in early if n > 0})), "model.early_heads", early, "growing, from 1"),
         (config.model.lora_rank < 1, "model.lora_rank", config.model.lora_rank, "at least 1"),
     ]
     for is_wrong, key, value, wanted in wrong:
