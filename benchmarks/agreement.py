@@ -6,8 +6,7 @@
 This is the question that choosing among candidates, and fine-tuning, put to a reward model; telling a right
 icon from a wrong one is another and easier one. Prompts are those of benchmarks.judging, four drawings each
 with SDE noise. Both drawings get the same noise at the same sigma; chance is 50 %. "Clear" pairs are those
-whose probability by the judge differs by more than 0.2. Given for every head of the model, with the share of
-its passes that reading that head takes.
+whose probability by the judge differs by more than 0.2.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def draw(family: Family, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Ten
 def scores_at(
     drm: DRM, latents: torch.Tensor, sigma: float, prompt_embeds: torch.Tensor, pooled: torch.Tensor
 ) -> torch.Tensor:
-    """(P, DRAWINGS, depths): all drawings of a prompt under one noise."""
+    """(P, DRAWINGS): all drawings of a prompt under one noise."""
     rng, found = torch.Generator().manual_seed(17), []
     for first in range(0, len(latents), BATCH):
         part = latents[first : first + BATCH]
@@ -67,8 +66,8 @@ def scores_at(
         noisy = flow.add_noise(part.flatten(0, 1), noise.flatten(0, 1), level)
         text = [t[first : first + BATCH].repeat_interleave(DRAWINGS, 0) for t in (prompt_embeds, pooled)]
         with bfloat16_autocast("cpu"):
-            scores = drm.forward_depths(noisy, sigma, *text).float()
-        found.append(scores.reshape(len(part), DRAWINGS, -1))
+            scores = drm(noisy, sigma, *text).float()
+        found.append(scores.reshape(len(part), DRAWINGS))
     return torch.cat(found)
 
 
@@ -96,22 +95,17 @@ def main() -> None:
     learned = torch.tensor([prompt.learned for prompt in prompts])
     text, rows = embed(family, [prompt.caption for prompt in prompts]), []
     for sigma in SIGMAS:
-        scores = scores_at(drm, latents, sigma, *text)
-        for place, depth in enumerate(drm.depths):
-            rng = np.random.default_rng(0)
-            mine = scores[..., place]
-            best = judged.gather(1, mine.argmax(1, keepdim=True))[:, 0] - judged.mean(1)
-            row = {"sigma": sigma, "blocks": depth, "all": interval(agreement(mine, judged, NEAR), rng)}
-            row["clear"] = interval(agreement(mine, judged, CLEAR), rng)
-            row["best_of_4_gain"] = interval(best.numpy(), rng)
-            for name, some in (("learned", learned), ("new", ~learned)):
-                if some.any():
-                    row[f"all_{name}"] = interval(agreement(mine[some], judged[some], NEAR), rng)
-            rows.append(row)
-            print(
-                f"sigma {sigma:.2f}, {depth} blocks: "
-                + ", ".join(f"{n} {100 * row[n][0]:.1f}" for n in ("all", "clear", "best_of_4_gain"))
-            )
+        mine, rng = scores_at(drm, latents, sigma, *text), np.random.default_rng(0)
+        best = judged.gather(1, mine.argmax(1, keepdim=True))[:, 0] - judged.mean(1)
+        row = {"sigma": sigma, "all": interval(agreement(mine, judged, NEAR), rng)}
+        row["clear"] = interval(agreement(mine, judged, CLEAR), rng)
+        row["best_of_4_gain"] = interval(best.numpy(), rng)
+        for name, some in (("learned", learned), ("new", ~learned)):
+            if some.any():
+                row[f"all_{name}"] = interval(agreement(mine[some], judged[some], NEAR), rng)
+        rows.append(row)
+        shown = (f"{name} {100 * row[name][0]:.1f}" for name in ("all", "clear", "best_of_4_gain"))
+        print(f"sigma {sigma:.2f}: {', '.join(shown)}")
     oracle = interval((judged.amax(1) - judged.mean(1)).numpy(), np.random.default_rng(0))
     result = {
         "prompts": len(prompts),

@@ -1,17 +1,15 @@
-"""What scoring k siblings costs: by depth, shared against naive, and against the machine's matrix products.
+"""What scoring k siblings costs: shared against naive, and against the machine's matrix products.
 
     python -m benchmarks.scoring                      # the demo's reward model, about 3 minutes on one thread
     python -m benchmarks.scoring --rounds 9           # with a GPU also SD3.5-Medium's size, about 5 minutes
 
 Naive is the model's own forward over all candidates, with their prompts repeated, in bfloat16 (and on the CPU
 under autocast). Shared is what samplers use, drm.scoring.Scorer, at a new sigma every call, so that what is
-shared is paid for each time; depth d stops every candidate at the head after block d, and "halved" lets half
-of those that are left go on. A model without early heads gets random ones, which cost the same. Patches of
-another side are those of a model with random weights: what coarse tokens save. Operations
-are counted by torch's FlopCounterMode.
+shared is paid for each time. Patches of another side are those of a model with random weights: what coarse
+tokens save. Operations are counted by torch's FlopCounterMode.
 
-With a GPU, the reward model of SD3.5-Medium's full size with random weights in bfloat16: blocks plain,
-compiled and in CUDA graphs; operations a second against those of matrix products of the same shapes, one
+With a GPU, the reward model of SD3.5-Medium's full size with random weights in bfloat16: blocks plain
+and compiled; operations a second against those of matrix products of the same shapes, one
 after another (the layers of every block); peak memory over the weights. Contestants take turns, round by
 round, and ratios are medians over rounds of the round's own.
 """
@@ -61,14 +59,6 @@ PARTS = {
 }
 
 
-def with_early_heads(drm: DRM, blocks: list[int]) -> DRM:
-    """The model, with random early heads where it has none."""
-    if drm.early_heads:
-        return drm
-    heads = {n: ConvHead(drm.head.dim, drm.head.hidden).to(drm.head.out.weight.device) for n in blocks}
-    return DRM(drm.backbone, drm.head, drm.metadata, heads).requires_grad_(False).eval()
-
-
 def profile(work: Callable[[], object]) -> dict[str, float]:
     """Shares of a call's own CPU time by kind of operation."""
     from torch.profiler import ProfilerActivity
@@ -93,10 +83,7 @@ def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
     """The demo's reward model on the CPU, in bfloat16."""
     device = torch.device("cpu")
     exact = load_drm(path).requires_grad_(False)
-    exact = with_early_heads(exact, list(range(1, exact.num_blocks)))
-    early = {int(blocks): head for blocks, head in exact.early_heads.items()}
-    half = DRM(load_drm(path, dtype=torch.bfloat16).backbone, exact.head, exact.metadata, early)
-    half = half.requires_grad_(False).eval()
+    half = load_drm(path, dtype=torch.bfloat16).requires_grad_(False)
     rows = []
     for k in BRANCHES:
         case = Case.draw(exact, prompts, k, 16, exact.metadata.get("text_length", 20), device)
@@ -129,7 +116,6 @@ def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
         for drm, shared in zip((exact, half), prepared, strict=True)
     ]
     return {
-        "depths": exact.depths,
         "prompts": prompts,
         "rows": rows,
         "candidates_at_once": parts_rows(half, four, rounds),
@@ -167,7 +153,7 @@ def tell(what: str, row: dict) -> None:
 
 
 def random_drm(config: BackboneConfig, device: torch.device) -> DRM:
-    """Random weights in bfloat16, heads after each third of the blocks."""
+    """Random weights in bfloat16."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
@@ -176,9 +162,7 @@ def random_drm(config: BackboneConfig, device: torch.device) -> DRM:
     finally:
         torch.set_default_dtype(default)
     with device:
-        head = ConvHead(config.width)
-        thirds = {config.num_kept // 3, 2 * config.num_kept // 3} - {0}
-        drm = DRM(backbone, head, early_heads={n: ConvHead(config.width) for n in thirds})
+        drm = DRM(backbone, ConvHead(config.width))
     return drm.requires_grad_(False).eval()
 
 

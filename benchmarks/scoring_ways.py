@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.branching import ratio
 from drm import DRM
 from drm.backbone import BackboneConfig, TruncatedSD3
-from drm.compiling import CompiledSteps, compile_steps
+from drm.compiling import CompiledSteps, compile_step
 from drm.head import ConvHead
-from drm.prepared import Steps
 from drm.scoring import Scorer
 
 
@@ -55,27 +54,14 @@ class Case:
         return torch.cat([drm.score(x[None], 0.5, text[None], pooled[None]) for x, text, pooled in rows])
 
 
-def stopping_at(depth: int) -> Callable[[int, Tensor], Tensor]:
-    """go_on: everything up to a depth, nothing beyond."""
-    return lambda reached, scores: torch.full_like(scores, reached < depth, dtype=torch.bool)
-
-
-def halving(reached: int, scores: Tensor) -> Tensor:
-    """go_on: the better half of the rows that are left."""
-    return scores > scores[scores.isfinite()].median()
-
-
 def ways(drm: DRM, case: Case) -> dict[str, Callable[[], object]]:
-    """Naive, shared, every early depth and halving, with plain blocks; every call at a sigma of its own."""
+    """Naive and shared, with plain blocks; every call at a sigma of its own."""
     scorer = Scorer(drm, case.embeds, case.pooled, compiled=CompiledSteps(False))
     sigmas = (0.5 + 1e-6 * number for number in itertools.count())
-
-    def staged(go_on: Callable) -> Callable[[], object]:
-        return lambda: scorer.staged(case.latents, next(sigmas), case.item, go_on)
-
-    early = {f"depth {depth}": staged(stopping_at(depth)) for depth in drm.depths[:-1]}
-    shared = {"shared": lambda: scorer(case.latents, next(sigmas), case.item)}
-    return {"naive": lambda: case.naive(drm), **shared, **early, "halved": staged(halving)}
+    return {
+        "naive": lambda: case.naive(drm),
+        "shared": lambda: scorer(case.latents, next(sigmas), case.item),
+    }
 
 
 def with_patches(drm: DRM, side: int) -> DRM:
@@ -95,18 +81,14 @@ def tokens_ways(drm: DRM, case: Case, side: int) -> dict[str, Callable[[], objec
 
 
 def compiled_ways(drm: DRM, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Shared scoring with compiled blocks, on a GPU in CUDA graphs too."""
-    inductor = {"backend": "inductor" if device.type == "cuda" else "eager"}
-    steps = {"compiled": compile_steps(**inductor)}
-    if device.type == "cuda":
-        steps["in CUDA graphs"] = compile_steps("reduce-overhead")
+    """Shared scoring with compiled blocks."""
+    step = compile_step("inductor" if device.type == "cuda" else "eager")
 
-    def scored(steps: Steps) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+    def scored() -> Tensor:
         shared = drm.prepare(0.5, case.embeds, case.pooled)
-        return drm.score_prepared(case.latents, shared, case.item, steps)
+        return drm.score_prepared(case.latents, shared, case.item, step)
 
-    return {name: lambda chosen=chosen: scored(chosen) for name, chosen in steps.items()}
+    return {"compiled": scored}
 
 
 def products(config: BackboneConfig, rows: int, side: int, tokens: int, device: torch.device) -> list:

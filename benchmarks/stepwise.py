@@ -3,12 +3,12 @@
     python -m benchmarks.stepwise                               # every way: 200 prompts, a seed each
     python -m benchmarks.stepwise --seeds 2 --keep --ways "k = 1" "k = 2" "k = 4" "k = 6" "k = 8" \
         "best of 2" "best of 3" "best of 4" fast balanced thorough      # two seeds each, in their place
-    python -m benchmarks.stepwise --ways plain "k = 4" --end 0.5 --prompts 100 --out study.json
+    python -m benchmarks.stepwise --ways "k = 4" --set end=0.5 --prompts 100 --out study.json
 
 Every way of sampling starts from the same noise with the same prompts, batch by batch side by side, so its
 time divided by plain sampling's is a ratio measured in one run. How pictures are judged: benchmarks.judging.
 Differences are paired with plain sampling, prompt by prompt. Passes count forwards of the generator's four
-blocks; scoring costs a quarter of one for every block and candidate, times the reward model's share of the
+blocks; scoring costs three quarters of one for every candidate, times the reward model's share of the
 generator's tokens. "Outside" is the share of the time spent
 in neither network.
 
@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from tqdm import tqdm
 
 from benchmarks.judging import KINDS, Prompt, asked_prompts, drm_scorer, embed, interval, measure
 from drm import DRM, flow, load_drm, stepwise
+from drm.presets import PRESETS, Branching
 from drm.scoring import Scorer
-from drm.search import PRESETS, Search
 from training.demo import text
 from training.demo.export import REWARD, Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
@@ -41,58 +40,39 @@ from training.shards import replace_atomically
 
 SCORE_CHUNK = 96
 BLOCKS, LATENT = 4, 16
-NO_EXIT = Search(early_exit=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way of sampling. k = 0 is plain Euler; runs: best of so many plain ones; naive: every candidate is
-    scored by itself, nothing is shared.
+    """One way of sampling. settings None is plain Euler; runs: best of so many plain ones; naive: every
+    candidate is scored by itself, nothing is shared.
     """
 
     name: str
-    k: int = 0
-    start: float = 0.0
-    end: float = 1.0
-    noise_level: float = 0.7
-    kind: str = "sde"
-    search: Search = NO_EXIT
+    settings: Branching | None = None
     runs: int = 1
     naive: bool = False
 
 
-def from_preset(name: str) -> Way:
-    """A preset of the node."""
-    preset = PRESETS[name]
-    return Way(name=name, k=preset.num_branches, start=preset.start, end=preset.end, search=preset.search)
-
-
 def all_ways() -> list[Way]:
-    """Everything the tables show: naive costs, each measure added in turn, then ways to compare at equal
-    time.
-    """
+    """Everything the tables show: naive costs, each measure in turn, then ways to compare at equal time."""
     ways = [Way(name="plain")]
-    ways += [Way(name=f"k = {k}", k=k, naive=True) for k in (1, 2, 4, 6)]
-    ways += [
-        Way(name="k = 4, shared", k=4),
-        Way(name="k = 4, early exit", k=4, search=Search()),
-        Way(name="k = 4, first half", k=4, end=0.5, search=Search()),
-        Way(name="k = 4, to 80 %", k=4, end=0.8, search=Search()),
-        Way(name="k = 4, 10 to 90 %", k=4, start=0.1, end=0.9, search=Search()),
-        Way(name="k = 4, 30 to 80 %", k=4, start=0.3, end=0.8, search=Search()),
-        Way(name="k = 4, every 2nd", k=4, search=Search(stride=2)),
-        Way(name="k = 4 falling to 2", k=4, search=Search(last_branches=2)),
-        Way(name="k = 4, skip below 0.1", k=4, search=Search(skip_below=0.1)),
-        Way(name="k = 4, good enough 0.8", k=4, search=Search(good_enough=0.8)),
-        Way(name="k = 8, every 4th", k=8, search=Search(stride=4)),
-        Way(name="k = 8", k=8),
-    ]
+    ways += [Way(name=f"k = {k}", settings=Branching(num_branches=k), naive=True) for k in (1, 2, 4, 6)]
+    measures = {
+        "k = 4, shared": {},
+        "k = 4, first half": {"end": 0.5},
+        "k = 4, to 80 %": {"end": 0.8},
+        "k = 4, 10 to 90 %": {"start": 0.1, "end": 0.9},
+        "k = 4, 30 to 80 %": {"start": 0.3, "end": 0.8},
+        "k = 4, every 2nd": {"stride": 2},
+        "k = 8, every 4th": {"num_branches": 8, "stride": 4},
+        "k = 8": {"num_branches": 8},
+    }
+    ways += [Way(name=name, settings=Branching(**changes)) for name, changes in measures.items()]
     ways += [Way(name=f"best of {n}", runs=n) for n in (2, 3, 4)]
-    ways += [
-        Way(name="softmax 0.5, every 3rd", k=4, search=Search(choice="softmax", temperature=0.5, stride=3)),
-        Way(name="beam of 2, first half", k=4, end=0.5, search=Search(paths=2, beam_end=0.5)),
-    ]
-    return ways + [from_preset(name) for name in PRESETS]
+    warm = Branching(choice="softmax", temperature=0.5, stride=3)
+    ways.append(Way(name="softmax 0.5, every 3rd", settings=warm))
+    return ways + [Way(name=name, settings=Branching(preset=name)) for name in PRESETS]
 
 
 @dataclasses.dataclass
@@ -107,19 +87,6 @@ class Timed:
         result = self.work(*arguments)
         self.seconds += time.perf_counter() - begun
         return result
-
-
-class TimedScorer(Timed):
-    """The product's scorer, timed; what the search asks it is passed on."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__(scorer)
-        self.staged = Timed(scorer.staged)
-        self.decisive, self.calibration, self.dtype = scorer.decisive, scorer.calibration, scorer.dtype
-
-    @property
-    def total(self) -> float:
-        return self.seconds + self.staged.seconds
 
 
 @dataclasses.dataclass
@@ -154,7 +121,9 @@ class Bench:
     def scorer(self, captions: list[str], naive: bool) -> Timed:
         if naive:
             return Timed(drm_scorer(self.family, captions))
-        return TimedScorer(Scorer(self.fast, *embed(self.family, captions)))
+        scorer = Timed(Scorer(self.fast, *embed(self.family, captions)))
+        scorer.dtype = self.fast.backbone.dtype
+        return scorer
 
     def once(self, captions: list[str], seeds: list[int], way: Way) -> Sampled:
         """One run of a batch."""
@@ -168,17 +137,12 @@ class Bench:
             score,
             initial_noise(seeds),
             flow.schedule(self.setting.steps, SHIFT),
-            num_branches=max(1, way.k),
-            noise_level=way.noise_level if way.k else 0.0,
-            kind=way.kind,
-            start=way.start,
-            end=way.end,
+            settings=way.settings or Branching(num_branches=1, noise_level=0.0),
             item_ids=seeds,
             chunk_size=SCORE_CHUNK,
-            search=way.search,
         )
         seconds = time.perf_counter() - begun
-        networks = denoise.seconds + getattr(score, "total", score.seconds)
+        networks = denoise.seconds + score.seconds
         calls = trace.spent["denoise"] * (1 if self.setting.cfg == 1 else 2)
         return Sampled(
             latents,
@@ -216,11 +180,9 @@ def token_share(drm: DRM) -> float:
     return (rows * columns + text.LENGTH) / ((LATENT // 2) ** 2 + text.LENGTH)
 
 
-def scored_passes(scored: Counter[str] | dict[str, int]) -> float:
-    """Candidates by the depth they were scored to -> forwards of the whole generator."""
-    return sum(
-        count * (BLOCKS - 1 if depth == "full" else int(depth)) / BLOCKS for depth, count in scored.items()
-    )
+def scored_passes(candidates: int) -> float:
+    """Forwards of the whole generator that scoring so many candidates takes, but for its fewer tokens."""
+    return candidates * (BLOCKS - 1) / BLOCKS
 
 
 def run(bench: Bench, prompts: list[Prompt], ways: list[Way], seeds_each: int) -> list[dict]:
@@ -264,8 +226,8 @@ def row(way: Way, made: dict[str, list[Sampled]], figures: dict, plain: str, lea
 
 def describe(way: Way) -> dict:
     """A way as plain values."""
-    settings = {key: value for key, value in dataclasses.asdict(way).items() if key not in ("name", "search")}
-    return settings | {"search": way.search.as_dict()}
+    settings = None if way.settings is None else dataclasses.asdict(way.settings.chosen())
+    return {"runs": way.runs, "naive": way.naive, "settings": settings}
 
 
 def merged(before: list[dict], rows: list[dict]) -> list[dict]:
@@ -290,6 +252,14 @@ def default_k4(rows: list[dict]) -> dict[str, float]:
     }
 
 
+def changed(way: Way, name: str, value: str) -> Way:
+    """A branching way with another value of one of its settings."""
+    if way.settings is None:
+        return way
+    typed = type(getattr(way.settings, name))(value)
+    return dataclasses.replace(way, settings=dataclasses.replace(way.settings.chosen(), **{name: typed}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=Path("models"))
@@ -308,12 +278,9 @@ def main() -> None:
     family = load_family(args.models)
     fast = load_drm(args.models / REWARD, dtype=torch.bfloat16).requires_grad_(False)
     prompts = asked_prompts(family, args.of, args.prompts)
-    changes = {name: type(getattr(Way(name=""), name))(v) for name, v in (p.split("=") for p in args.set)}
-    ways = [
-        dataclasses.replace(way, **changes) if way.k else way
-        for way in all_ways()
-        if not args.ways or way.name in ("plain", *args.ways)
-    ]
+    ways = [way for way in all_ways() if not args.ways or way.name in ("plain", *args.ways)]
+    for change in args.set:
+        ways = [changed(way, *change.split("=")) for way in ways]
     setting = Setting(steps=args.steps, cfg=args.cfg, batch=args.batch)
     rows = run(Bench(family, fast, setting), prompts, ways, args.seeds)
     if args.keep:

@@ -28,6 +28,9 @@ def compile_step(backend: str = "inductor") -> Compiled:
     """A block's step, compiled; blocks of one structure share the result."""
     from .joint_block import step
 
+    # Three structures of block for every shape are more than the eight variants dynamo allows by itself.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     return torch.compile(step, backend=backend, dynamic=False, fullgraph=True)
 
 

@@ -46,9 +46,7 @@ class ConfigError(ValueError):
 class ModelConfig:
     """`base`: an SD3 or SD3.5 checkpoint (one file or a diffusers folder), or a reward model to go on from,
     which then decides depth, tokens and head. `train`: all weights, a LoRA on the attention and the head, or
-    the head alone. `random_backbone` keeps the base's shape and none of its weights. `early_heads`: further
-    heads after these blocks, counted from 1; the losses of all heads are added up, and early ones teach the
-    backbone too, because what its first blocks keep for the last head alone says little halfway. `coarse`:
+    the head alone. `random_backbone` keeps the base's shape and none of its weights. `coarse`:
     the side of a token over the base's; 2 makes four times fewer of them, for a model that scores several
     times as fast.
     """
@@ -57,7 +55,6 @@ class ModelConfig:
     num_kept: Annotated[int, Range(1, 1024)] = 21
     coarse: Annotated[int, Range(1, 64)] = 1
     head_hidden: Annotated[int, Range(1, 65536)] = 256
-    early_heads: tuple[Count, ...] = ()
     train: Literal["full", "lora", "head"] = "full"
     lora_rank: Rank = 64
     lora_alpha: Positive = 128.0
@@ -169,7 +166,7 @@ def _check(config: DRMConfig) -> None:
             " in training/configs and carry your values over"
         )
     check_numbers(config)
-    low_high, early = config.train.sigma, config.model.early_heads
+    low_high = config.train.sigma
     wrong = [
         (not low_high[0] < low_high[1], "train.sigma", low_high, "two growing numbers in 0 to 1"),
         (
@@ -178,7 +175,6 @@ def _check(config: DRMConfig) -> None:
             config.model.coarse,
             "1 unless model.train is full, because coarse tokens must be learned",
         ),
-        (early != tuple(sorted({n for n in early if n > 0})), "model.early_heads", early, "growing, from 1"),
     ]
     for is_wrong, key, value, wanted in wrong:
         if is_wrong:

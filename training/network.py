@@ -19,7 +19,7 @@ from drm.backbone import TruncatedSD3
 from drm.checkpoint import read_header
 from drm.head import ConvHead
 from training.base import load_backbone
-from training.config import ConfigError, ModelConfig
+from training.config import ModelConfig
 
 LORA_TARGETS = (
     "to_q",
@@ -53,7 +53,6 @@ def build(config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.f
     else:
         backbone = load_backbone(config.base, config.num_kept, coarse=config.coarse)
         drm = fresh(backbone, config.head_hidden, seed=seed, random_backbone=config.random_backbone)
-    drm = with_early_heads(drm, config, seed=seed)
     return make_trainable(drm, config, seed=seed, frozen_dtype=frozen_dtype)
 
 
@@ -63,7 +62,6 @@ def make_trainable(
     """`drm` itself, ready to learn what config.train says."""
     drm.requires_grad_(False).train()
     drm.head.requires_grad_(True)
-    drm.early_heads.requires_grad_(True)
     if config.train == "full":
         drm.backbone.requires_grad_(True)
     else:
@@ -82,23 +80,6 @@ def fresh(backbone: TruncatedSD3, hidden: int, *, seed: int, random_backbone: bo
         if random_backbone:
             backbone = TruncatedSD3(backbone.config)
     return DRM(backbone, head)
-
-
-def with_early_heads(drm: DRM, config: ModelConfig, *, seed: int) -> DRM:
-    """`drm` with fresh heads after config.early_heads where it has none yet."""
-    fresh_at = [blocks for blocks in config.early_heads if blocks not in drm.depths[:-1]]
-    if not fresh_at:
-        return drm
-    if max(fresh_at) >= drm.num_blocks:
-        raise ConfigError(
-            f"model.early_heads is {config.early_heads}: wanted numbers below {drm.num_blocks}, so many"
-            " blocks are kept"
-        )
-    heads = {int(blocks): head for blocks, head in drm.early_heads.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 2)
-        heads |= {blocks: ConvHead(drm.head.dim, config.head_hidden) for blocks in fresh_at}
-    return DRM(drm.backbone, drm.head, drm.metadata, heads)
 
 
 def add_adapters(drm: DRM, *, rank: int, alpha: float, seed: int) -> None:

@@ -77,7 +77,7 @@ class Trainer:
             frozen_dtype=torch.bfloat16 if half else torch.float32,
         )
         _check_data(drm, self.pairs)
-        self.text_width, self.metadata, self.depths = drm.prompt_dim, drm.metadata, drm.depths
+        self.text_width, self.metadata = drm.prompt_dim, drm.metadata
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
         held_out = self.pairs.columns["held_out"]
         rows = some_of(torch.argwhere(~held_out).flatten(), config.data.limit, self.settings.seed)
@@ -184,7 +184,7 @@ class Trainer:
                     self.evaluate(done)
 
     def _step(self, step: int, total_weight: float, batches: Iterator[tuple[Batch, float]]) -> dict:
-        begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device, self.depths[:-1])
+        begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device)
         for micro in range(self.share.micro_steps):
             batch, seconds = next(batches)
             waited += seconds
@@ -230,14 +230,13 @@ class Trainer:
         return ", ".join(self.pairs.columns["row"][row] for row in rows.tolist())
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, depths) each, of chosen and rejected."""
+        """(B,) each, of chosen and rejected."""
         with self.autocast:
             scores = self.model(
                 batch.noisy,
                 batch.sigma.repeat(2),
                 batch.prompt_embeds.repeat(2, 1, 1),
                 batch.pooled.repeat(2, 1),
-                every_depth=True,
             )
         return scores.float().chunk(2)
 
@@ -258,7 +257,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int, bins: int | None = None) -> dict:
-        """Held-out accuracy by quarter of sigma, by source, by depth, and what samplers need when `bins` is
+        """Held-out accuracy by quarter of sigma, by source, and the calibration when `bins` is
         given; {} without held-out pairs. With averaged weights where they are kept.
         """
         if not len(self.held_out):
@@ -279,11 +278,11 @@ class Trainer:
         found = [self._held_out_scores(batch.to(self.device)) for batch, _ in self._batches(data)]
         self.averaged.swap()
         gathered = self.accelerator.gather(torch.stack(found, dim=1))
-        win, lose, sigma = in_order(gathered, len(self.depths))
+        win, lose, sigma = in_order(gathered)
         sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
-        table = held_out_table(win, lose, sigma, sources, self.depths)
+        table = held_out_table(win, lose, sigma, sources)
         if bins:
-            table |= calibrated(win, lose, sigma, self.depths, bins)
+            table |= calibrated(win, lose, sigma, bins)
         if self.accelerator.is_main_process:
             with open(self.out / "evaluation.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **table}) + "\n")

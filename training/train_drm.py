@@ -4,7 +4,6 @@
     accelerate launch --config_file training/configs/accelerate_8gpu.yaml -m training.train_drm --config ...
 
     loss = mean of weight * -log sigmoid(s(chosen, sigma) - s(rejected, sigma)),  one sigma and noise per pair
-           added up over the heads, where model.early_heads puts some after earlier blocks
 
 (DRM, CVPR 2026: Bradley-Terry on noisy latents.) Accelerate drives the processes. The global batch is the
 same for any number of them, and a run that was killed goes on from its last checkpoint as if it had not been:

@@ -16,9 +16,9 @@ from benchmarks.judging import (
     interval,
     unseen_prompts,
 )
-from benchmarks.stepwise import Bench, Setting, Way, all_ways, default_k4, scored_passes
+from benchmarks.stepwise import Bench, Setting, Way, all_ways, changed, default_k4, scored_passes
 from drm import load_drm
-from drm.search import Search
+from drm.presets import Branching
 from training.demo.data import STYLES, asked_freely, held_out_concepts
 from training.demo.export import REWARD, load_family
 
@@ -26,9 +26,14 @@ MODELS = Path(__file__).resolve().parents[2] / "models"
 SETTING = Setting(steps=4, cfg=1.5, batch=4)
 
 
-def test_scoring_costs_a_quarter_of_a_pass_for_every_block():
-    assert scored_passes({"full": 8}) == 6
-    assert scored_passes({"1": 4, "2": 2, "3": 4}) == 1 + 1 + 3
+def test_scoring_costs_three_quarters_of_a_pass():
+    assert scored_passes(8) == 6
+
+
+def test_a_setting_can_be_changed_for_every_branching_way():
+    way = changed(Way(name="x", settings=Branching(preset="fast")), "end", "0.5")
+    assert (way.settings.start, way.settings.end, way.settings.num_branches) == (0.3, 0.5, 4)
+    assert changed(Way(name="plain"), "end", "0.5") == Way(name="plain")
 
 
 def test_interval_brackets_the_mean_and_narrows_with_more_prompts():
@@ -123,9 +128,9 @@ def test_prompts_of_every_kind_come_in_the_number_asked_for(family, kind):
 def test_a_small_table_has_a_row_for_every_way(bench):
     ways = [
         Way(name="plain"),
-        Way(name="k = 2", k=2, naive=True),
-        Way(name="shared", k=2),
-        Way(name="beam", k=2, search=Search(paths=2, early_exit=False)),
+        Way(name="k = 2", settings=Branching(num_branches=2), naive=True),
+        Way(name="shared", settings=Branching(num_branches=2)),
+        Way(name="every 2nd", settings=Branching(num_branches=2, stride=2)),
         Way(name="best of 2", runs=2),
     ]
     rows = stepwise.run(bench, fresh_prompts(bench.family, 2), ways, 2)
@@ -140,8 +145,7 @@ def test_a_small_table_has_a_row_for_every_way(bench):
     scored = 0.75 * bench.share
     assert by_name["k = 2"]["passes"] == pytest.approx(8 + 2 * 3 * scored)
     assert by_name["shared"]["passes"] == by_name["k = 2"]["passes"]
-    # both paths have a velocity once there are two, and each draws two; the finished two are scored as well
-    assert by_name["beam"]["passes"] == pytest.approx(2 + 3 * 4 + (2 + 4 + 4 + 2) * scored)
+    assert by_name["every 2nd"]["passes"] == pytest.approx(8 + 2 * 2 * scored)
     assert by_name["best of 2"]["passes"] == pytest.approx(2 * 8 + 2 * scored)
     # best-of-N chooses by the DRM among pictures that include the plain one
     assert by_name["best of 2"]["drm_gain"][0] >= -0.1

@@ -128,7 +128,7 @@ def test_plot_shades_what_was_not_scored(inside):
         _, trace = inside.run(num_branches=3, steps=5, branch_end=end)
         colours = {colour: count for count, colour in draw(trace, 0, False, (900, 500)).getcolors(1 << 20)}
         counts.append(colours.get(shade, 0))
-    # The last step never scores; with half a window two more of the five do not.
+    # The last step never scores; with half a window the one before it does not either.
     assert counts[1] > 1.9 * counts[0] > 60_000
 
 

@@ -123,6 +123,24 @@ def test_weights_that_are_not_the_header_s_are_refused(saved):
         load_drm(saved)
 
 
+def test_a_file_with_early_heads_loads_and_they_are_not_used(drm, inputs, saved):
+    """Files of the first versions have heads after earlier blocks, in header and weights."""
+    with safe_open(saved, framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+    tensors = load_file(saved)
+    tensors |= {
+        key.replace("head.", "early_heads.1."): value.clone()
+        for key, value in tensors.items()
+        if key.startswith("head.")
+    }
+    header["architecture"]["early_heads"] = {"1": header["architecture"]["head"]}
+    header["sha256"] = checkpoint._digest(tensors)
+    rewrite(saved, tensors, header=json.dumps(header))
+    loaded = load_drm(saved)
+    assert torch.equal(loaded.score(inputs[0], 0.4, *inputs[1:]), drm.score(inputs[0], 0.4, *inputs[1:]))
+    assert loaded.state_dict().keys() == drm.state_dict().keys()
+
+
 def test_weights_are_looked_through_once_a_file(saved, monkeypatch):
     made = []
     digest = checkpoint._Digest

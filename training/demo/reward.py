@@ -1,15 +1,14 @@
-"""The demo reward model: the generator cut off before its last block, a head after each block that is left,
-and Bradley-Terry on training.demo.comparisons.
+"""The demo reward model: the generator cut off before its last block, a head, and Bradley-Terry on
+training.demo.comparisons.
 
     python -m training.demo.reward --generator runs/demo/generator --out runs/demo/reward
     python -m training.demo.reward --random-backbone --out runs/demo/reward_random      # the ablation, equal
     steps
 
-    loss = mean of -log sigmoid(s(ahead) - s(behind)), weighed by its probability, over comparisons and heads
+    loss = mean of -log sigmoid(s(ahead) - s(behind)), weighed by its probability, over comparisons
            + NAMING * cross entropy of the concept read off the image tokens with the noisy rater's opinion
 
-Every head learns from every comparison; a head further forward is what the sampler reads to stop early. The
-names are read by linear layers that are left behind: they make the tokens know what is drawn.
+The names are read by a linear layer that is left behind: it makes the tokens know what is drawn.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
-from drm import DRM, flow, load_drm, preference, save_drm, stepwise
+from drm import DRM, flow, load_drm, preference, save_drm
 from drm.backbone import TruncatedSD3, backbone_from_transformer
 from drm.head import ConvHead
 from training.demo import data, text
@@ -34,13 +32,7 @@ from training.demo.comparisons import (
     rated_under_noise,
     together,
 )
-from training.demo.generator import (
-    SHIFT,
-    Generator,
-    guided_denoise,
-    initial_noise,
-    load_generator,
-)
+from training.demo.generator import load_generator
 from training.demo.noisy_rater import load_noisy_rater
 from training.demo.pairs import Pool, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
@@ -64,35 +56,31 @@ SURE = 0.75
 
 def build_drm(generator_folder: Path, kept: int, coarse: int, *, random_backbone: bool) -> DRM:
     """The generator's first `kept` blocks on tokens `coarse` times the side (or fresh weights of that shape)
-    under fresh heads.
+    under a fresh head.
     """
     generator, _ = load_generator(generator_folder)
     backbone = backbone_from_transformer(generator.transformer, kept, coarse=coarse)
     if random_backbone:
         backbone = TruncatedSD3(backbone.config)
-    width = backbone.config.width
-    early = {depth: ConvHead(width, HIDDEN) for depth in range(1, kept)}
-    return DRM(backbone.requires_grad_(True), ConvHead(width, HIDDEN), early_heads=early)
+    return DRM(backbone.requires_grad_(True), ConvHead(backbone.config.width, HIDDEN))
 
 
 def score_pair(
-    forward, chosen, rejected, sigma, prompt_embeds, pooled, rng
+    drm: DRM, chosen, rejected, sigma, prompt_embeds, pooled, rng
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of both sides of each pair under one noise and one sigma: twice (B,) or (B, depths)."""
+    """Scores of both sides of each pair under one noise and one sigma: twice (B,)."""
     noise = torch.randn(chosen.shape, generator=rng)
     both = torch.cat([flow.add_noise(chosen, noise, sigma), flow.add_noise(rejected, noise, sigma)])
     with bfloat16_autocast(both.device):
-        scores = forward(both, sigma.repeat(2), prompt_embeds.repeat(2, 1, 1), pooled.repeat(2, 1))
+        scores = drm(both, sigma.repeat(2), prompt_embeds.repeat(2, 1, 1), pooled.repeat(2, 1))
     return scores.float().chunk(2)
 
 
 @torch.no_grad()
-def evaluate(drm: DRM, pool: Pool, embed, *, rounds: int = 2) -> dict[int, dict[str, list[float]]]:
-    """Accuracy on the captions kept aside by depth and kind of pair, in the four quarters of sigma from low
-    to high.
-    """
+def evaluate(drm: DRM, pool: Pool, embed, *, rounds: int = 2) -> dict[str, list[float]]:
+    """Accuracy on the captions kept aside by kind of pair, in the four quarters of sigma from low to high."""
     icons, everything = data.indices(pool.tested), torch.ones_like(pool.tested)
-    tables: dict[int, dict[str, list[float]]] = {depth: {} for depth in drm.depths}
+    table: dict[str, list[float]] = {}
     for seed, kind in enumerate(REPORTED):
         rng = torch.Generator().manual_seed(seed)
         wins, losses, sigmas = [], [], []
@@ -100,14 +88,13 @@ def evaluate(drm: DRM, pool: Pool, embed, *, rounds: int = 2) -> dict[int, dict[
             for _ in range(rounds):
                 chosen, rejected, label = pairs(pool, icons, kind, everything, rng)
                 sigma = (quarter + torch.rand(len(icons), generator=rng)) / 4
-                sides = score_pair(drm.forward_depths, chosen, rejected, sigma, *embed(icons), rng)
+                sides = score_pair(drm, chosen, rejected, sigma, *embed(icons), rng)
                 sure = label >= SURE
                 wins.append(sides[0][sure])
                 losses.append(sides[1][sure])
                 sigmas.append(sigma[sure])
-        for depth, win, lose in zip(drm.depths, torch.cat(wins).T, torch.cat(losses).T, strict=True):
-            tables[depth][kind] = preference.accuracy_by_sigma(win, lose, torch.cat(sigmas))
-    return tables
+        table[kind] = preference.accuracy_by_sigma(torch.cat(wins), torch.cat(losses), torch.cat(sigmas))
+    return table
 
 
 @torch.no_grad()
@@ -124,64 +111,23 @@ def calibrate(drm: DRM, pool: Pool, embed) -> dict[str, list[float]]:
     return preference.calibration(torch.cat(scores), torch.cat(sigmas))
 
 
-@torch.no_grad()
-def sibling_scores(
-    drm: DRM, generator: Generator, tokenizer: Tokenizer, captions: list[str], *, k: int = 4, steps: int = 20
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (n, k, depths) of siblings on the paths a sampler takes, and their sigmas (n,)."""
-    embeds, pooled = text.embed(generator.text_encoder, text.encode_ids(tokenizer, captions))
-    found, sigmas = [], []
-
-    def score(candidates: torch.Tensor, sigma: float, item: torch.Tensor) -> torch.Tensor:
-        with bfloat16_autocast(candidates.device):
-            by_depth = drm.forward_depths(candidates, sigma, embeds[item], pooled[item]).float()
-        found.append(by_depth.reshape(-1, k, by_depth.shape[-1]))
-        sigmas.append(torch.full((len(found[-1]),), sigma))
-        return by_depth[:, -1]
-
-    stepwise.sample_stepwise(
-        guided_denoise(generator, tokenizer, captions, 1.5),
-        score,
-        initial_noise([70_000 + i for i in range(len(captions))]),
-        flow.schedule(steps, SHIFT),
-        num_branches=k,
-        seed=7,
-        chunk_size=len(captions) * k,
-    )
-    return torch.cat(found), torch.cat(sigmas)
-
-
-def decisive_leads(drm: DRM, scores: torch.Tensor, sigmas: torch.Tensor) -> dict[str, dict]:
-    """For each early depth, how far behind a sibling must be to be given up there, by sigma."""
-    return {
-        str(depth): preference.decisive_lead(scores[..., place], scores[..., -1], sigmas)
-        for place, depth in enumerate(drm.depths[:-1])
-    }
-
-
 class Learner(nn.Module):
-    """The reward model and, while it learns, a linear reading of the concepts off its image tokens after
-    every block with a head: (R, depths) scores and (R, depths, concepts) logits.
+    """The reward model and, while it learns, a linear reading of the concepts off its image tokens: (R,)
+    scores and (R, concepts) logits.
     """
 
     def __init__(self, drm: DRM, concepts: int) -> None:
         super().__init__()
         self.drm = drm
         width = drm.backbone.config.width
-        self.names = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, concepts)) for _ in drm.depths
-        )
+        self.names = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, concepts))
 
     def forward(
         self, latents: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         drm, grid = self.drm, self.drm.backbone.token_grid(*latents.shape[-2:])
-        features = drm.backbone.features(latents, 1000 * sigma, embeds, pooled, blocks=drm.depths[:-1])
-        tokens = (*features.after, features.tokens)
-        heads = (*drm.early_heads.values(), drm.head)
-        scores = [head(seen, *grid) for head, seen in zip(heads, tokens, strict=True)]
-        named = [names(seen.mean(1)) for names, seen in zip(self.names, tokens, strict=True)]
-        return torch.stack(scores, 1), torch.stack(named, 1)
+        tokens = drm.backbone(latents, 1000 * sigma, embeds, pooled)
+        return drm.head(tokens, *grid), self.names(tokens.mean(1))
 
 
 def figures_of(margin: torch.Tensor, batch: Comparisons, named: torch.Tensor) -> dict[str, float]:
@@ -246,21 +192,17 @@ def main() -> None:
         with bfloat16_autocast(noisy.device):
             scores, names = compiled(noisy, sigma, *embed_ids(batch.captions))
         win, lose = scores.float()[batch.ahead], scores.float()[batch.behind]
-        losses = [
-            preference.bradley_terry_loss(w, r, label=batch.label) for w, r in zip(win.T, lose.T, strict=True)
-        ]
-        naming = -(opinion.exp()[:, None] * names.float().log_softmax(-1)).sum(-1).mean()
-        named = names[:, -1].argmax(1) == opinion.argmax(1)
-        figures = figures_of((win - lose)[:, -1].detach(), batch, named)
-        return torch.stack(losses).mean() + NAMING * naming, figures
+        loss = preference.bradley_terry_loss(win, lose, label=batch.label)
+        naming = -(opinion.exp() * names.float().log_softmax(-1)).sum(-1).mean()
+        named = names.argmax(1) == opinion.argmax(1)
+        return loss + NAMING * naming, figures_of((win - lose).detach(), batch, named)
 
-    tables: dict[int, dict[str, list[float]]] = {}
+    table: dict[str, list[float]] = {}
 
     def on_save(step: int, averaged: torch.nn.Module) -> None:
-        tables.update(evaluate(averaged.drm, pool, embed_icons))
-        for depth, table in tables.items():
-            rows = "  ".join(f"{kind} {' / '.join(f'{a:.3f}' for a in row)}" for kind, row in table.items())
-            print(f"\nstep {step}, {depth} blocks: {rows}", flush=True)
+        table.update(evaluate(averaged.drm, pool, embed_icons))
+        rows = "  ".join(f"{kind} {' / '.join(f'{a:.3f}' for a in row)}" for kind, row in table.items())
+        print(f"\nstep {step}: {rows}", flush=True)
 
     config = LoopConfig(
         steps=args.steps,
@@ -272,18 +214,14 @@ def main() -> None:
         seed=args.seed,
     )
     averaged = train(learner, loss_fn, config, args.out, name="reward", on_save=on_save).drm
-    table = tables[args.kept]
     (args.out / "accuracy.json").write_text(
-        json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": tables})
+        json.dumps({"steps": args.steps, "pairs": args.steps * args.batch, "accuracy": table})
     )
-    tested = captions_of(data.indices(pool.tested)[::2])
     facts = {
         "name": "DRM demo, emoji",
         "text_length": text.LENGTH,
         "calibration": calibrate(averaged, pool, embed_icons),
-        "decisive": decisive_leads(averaged, *sibling_scores(averaged, generator, tokenizer, tested)),
         "accuracy": table,
-        "accuracy_by_depth": {str(depth): found for depth, found in tables.items()},
         "pairs": args.steps * args.batch,
         "license": data.LICENCE,
     }
