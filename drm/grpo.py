@@ -64,7 +64,7 @@ class GRPOSettings:
         check_noise_level(self.noise_level, self.kind)
         wrong = [
             (self.method not in ("step-grpo", "grpo"), "method", self.method, "step-grpo or grpo"),
-            (not self.start < self.end, "end", self.end, f"above start, which is {self.start}"),
+            (not self.start < self.end, "the window", (self.start, self.end), "start below end"),
             (self.sibling not in ("random", "best"), "sibling", self.sibling, "random or best"),
         ]
         for is_wrong, name, value, wanted in wrong:

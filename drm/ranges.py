@@ -1,7 +1,7 @@
 """What a number of a settings dataclass may be, written where the field is, and the one check of all of them.
 
-    clip: Annotated[float, Range(0, 1e6, above=True)] = 1.0
-    -> "clip is -1: wanted above 0 and at most 1,000,000 (1 is usual)"
+clip: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+-> "clip is -1: wanted above 0 and at most 1,000,000 (1 is usual)"
 """
 
 import dataclasses

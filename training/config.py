@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -290,7 +291,9 @@ def _convert(value: object, hint: typing.Any, where: str) -> typing.Any:
 def _number(value: float | str) -> float | str:
     try:
         return float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
+        return math.inf
+    except ValueError:
         return value
 
 
