@@ -299,6 +299,10 @@ def _number(value: float | str) -> float | str:
 
 def _readable(hint: typing.Any) -> str:
     plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return f"a list of {_readable(typing.get_args(hint)[0])}s".replace("of a ", "of ")
-    return plain.get(hint, str(hint))
+        several = f"{_readable(arguments[0])}s".removeprefix("a ")
+        return f"a list of {several if arguments[-1] is Ellipsis else f'{len(arguments)} {several}'}"
+    if typing.get_origin(hint) is dict:
+        return f"a section that gives names {_readable(arguments[1])} each"
+    return plain.get(hint, "a section")

@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, help="text files, a prompt a line")
     parser.add_argument("--encoders", required=True, help="diffusers SD3 folder: text encoders, tokenizers")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--t5-length", type=int, default=256, help="0 leaves T5 out")
+    parser.add_argument("--t5-length", type=as_argument(T5Length), default=256, help="0 leaves T5 out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     try:
