@@ -12,6 +12,7 @@ the key. `section.key=value` on the command line goes over the file.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -19,13 +20,13 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 
-from drm.ranges import Count, CountOrNone, Decay, Positive, Range, Seed, Share, check_ranges
+from drm.ranges import Count, CountOrNone, Decay, Positive, Range, Seed, Share, check_ranges, range_of
 
 VERSION = 1
 
@@ -36,6 +37,7 @@ WeightDecay = Annotated[float, Range(0, 100)]
 Workers = Annotated[int, Range(0, 1024)]
 Rank = Annotated[int, Range(1, 65536)]
 Tokens = Annotated[int, Range(1, 4096)]
+TokensOrNone = Annotated[int, Range(0, 4096)]
 Weight = Annotated[float, Range(0, 1000)]
 
 
@@ -188,6 +190,22 @@ def check_numbers(config: object, where: str = "") -> None:
         check_ranges(config, where)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def argument(hint: typing.Any) -> Callable[[str], int | float]:
+    """The `type` of a command line's argument: a number of an annotated kind, in its range."""
+    kind, allowed = typing.get_args(hint)[0], range_of(hint)
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: wanted {_readable(kind)}") from error
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text}: wanted {allowed}")
+        return value
+
+    return read
 
 
 def read_config(path: str | Path, cls: type, overrides: Sequence[str] = ()) -> typing.Any:

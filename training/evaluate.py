@@ -31,7 +31,7 @@ from drm.checkpoint import read_header
 from drm.ranges import Count, Range, Seed, Share
 from training import benchmarks, evaluation_report, protocols, rivals, scoring
 from training.benchmarks import COLUMNS, BenchmarkError, BenchmarksConfig
-from training.config import ConfigError, Resolution, Workers, check_numbers, read_config
+from training.config import ConfigError, Resolution, Workers, argument, check_numbers, read_config
 from training.readers import Ranking, ReaderError
 
 if TYPE_CHECKING:
@@ -287,7 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--encoders", metavar="FOLDER", help="diffusers SD3 folder: VAE, text encoders, tokenizers"
     )
     parser.add_argument("--rival", action="append", default=[], type=_rival, metavar="NAME=SPEC")
-    parser.add_argument("--sigma", nargs="+", type=float, metavar="S", help="noise levels, 0 (clean) to 1")
+    parser.add_argument(
+        "--sigma", nargs="+", type=argument(Share), metavar="S", help="noise levels, 0 (clean) to 1"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where table, JSON, figure and scores go")
     parser.add_argument("--paper", action="store_true", help="print the published rows beside")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")

@@ -18,13 +18,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drm.ranges import Range
+from training.config import argument
 from training.grpo.config import PromptsConfig
 from training.shards import replace_atomically
 
@@ -184,7 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, help="text files, a prompt a line")
     parser.add_argument("--encoders", required=True, help="diffusers SD3 folder: text encoders, tokenizers")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--t5-length", type=as_argument(T5Length), default=256, help="0 leaves T5 out")
+    parser.add_argument(
+        "--t5-length", type=argument(Annotated[int, Range(0, 4096)]), default=256, help="0 leaves T5 out"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     try:

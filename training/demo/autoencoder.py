@@ -17,6 +17,10 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
+from drm.ranges import Count
+from drm.ranges import 
+from training.config import argument
+from training.config import argument
 from training.demo import data
 from training.loop import LoopConfig, bfloat16_autocast, train
 
@@ -77,9 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/autoencoder"))
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=64)
+    parser.add_argument("--steps", type=argument(Count), default=5000)
+    parser.add_argument("--batch", type=argument(Count), default=8)
+    parser.add_argument("--crop", type=argument(Count), default=64)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     args = parser.parse_args()
 

@@ -25,6 +25,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from drm import flow, stepwise
+from drm.ranges import Count
+from drm.ranges import 
+from training.config import argument
+from training.config import LearningRate, argument
 from training.demo import data, text
 from training.demo.autoencoder import to_float, to_uint8
 from training.loop import LoopConfig, bfloat16_autocast, train
@@ -215,9 +219,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/demo/autoencoder/final"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/generator"))
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=argument(Count), default=6000)
+    parser.add_argument("--batch", type=argument(Count), default=64)
+    parser.add_argument("--learning-rate", type=argument(LearningRate), default=1.5e-3)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
 

@@ -21,6 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from drm.ranges import Count
+from drm.ranges import 
+from training.config import argument
+from training.config import argument
 from training.demo import data
 from training.demo.autoencoder import to_float
 from training.demo.classifier import Icons, Residual, accuracy, shrink, train_classifier
@@ -69,8 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/judge"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=argument(Count), default=3000)
+    parser.add_argument("--batch", type=argument(Count), default=64)
     args = parser.parse_args()
 
     torch.manual_seed(0)

@@ -24,6 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from drm import flow
+from drm.ranges import Count
+from drm.ranges import 
+from training.config import argument
+from training.config import argument
 from training.demo import data
 from training.demo.classifier import Residual
 from training.demo.pairs import Pool, make_pool
@@ -96,7 +100,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/demo/autoencoder/final"))
     parser.add_argument("--generator", type=Path, default=Path("runs/demo/generator"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/raters"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=argument(Count), default=2400)
     args = parser.parse_args()
 
     torch.manual_seed(0)

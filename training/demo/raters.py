@@ -21,6 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from drm.ranges import Count
+from drm.ranges import 
+from training.config import argument
+from training.config import argument
 from training.demo import data
 from training.demo.autoencoder import to_float
 from training.demo.classifier import Icons, Residual, shrink, train_classifier
@@ -113,8 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/raters"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=argument(Count), default=2000)
+    parser.add_argument("--batch", type=argument(Count), default=64)
     parser.add_argument("--only", choices=NAMES, nargs="*", default=list(NAMES))
     args = parser.parse_args()
     demo = data.load(args.data)

@@ -23,6 +23,10 @@ from torch import nn
 from drm import DRM, flow, load_drm, preference, save_drm
 from drm.backbone import TruncatedSD3, backbone_from_transformer
 from drm.head import ConvHead
+from drm.ranges import Count, CountOrNone, Seed
+from drm.ranges import 
+from training.config import argument
+from training.config import argument
 from training.demo import data, text
 from training.demo.comparisons import (
     Comparisons,
@@ -150,13 +154,19 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, default=Path("runs/demo/generator"))
     parser.add_argument("--raters", type=Path, default=Path("runs/demo/raters"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/reward"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=22, help="pairs a step, a multiple of 22")
-    parser.add_argument("--crossed", type=int, default=5, help="two pictures with two captions, a step")
+    parser.add_argument("--steps", type=argument(Count), default=2000)
+    parser.add_argument("--batch", type=argument(Count), default=22, help="pairs a step, a multiple of 22")
+    parser.add_argument(
+        "--crossed", type=argument(CountOrNone), default=5, help="two pictures with two captions, a step"
+    )
     parser.add_argument("--start", type=Path, help="a reward model's file to go on from")
-    parser.add_argument("--kept", type=int, default=KEPT, help="blocks kept of the generator's four")
-    parser.add_argument("--coarse", type=int, default=COARSE, help="side of a token over the generator's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kept", type=argument(Count), default=KEPT, help="blocks kept of the generator's four"
+    )
+    parser.add_argument(
+        "--coarse", type=argument(Count), default=COARSE, help="side of a token over the generator's"
+    )
+    parser.add_argument("--seed", type=argument(Seed), default=0)
     parser.add_argument("--random-backbone", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()

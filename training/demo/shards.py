@@ -15,7 +15,11 @@ from pathlib import Path
 
 import torch
 
+from drm.ranges import Count
+from drm.ranges import 
+from training.config import argument
 from training import shards
+from training.config import argument
 from training.demo import data, text
 from training.demo.generator import load_generator
 from training.demo.pairs import Pool, ask, make_pool, pairs, without_concepts
@@ -80,8 +84,8 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, default=Path("runs/demo/autoencoder/final"))
     parser.add_argument("--generator", type=Path, default=Path("runs/demo/generator"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/encoded"))
-    parser.add_argument("--pairs", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--pairs", type=argument(Count), default=65536)
+    parser.add_argument("--rounds", type=argument(Count), default=1)
     args = parser.parse_args()
 
     demo = data.load(args.data)
