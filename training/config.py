@@ -37,7 +37,6 @@ WeightDecay = Annotated[float, Range(0, 100)]
 Workers = Annotated[int, Range(0, 1024)]
 Rank = Annotated[int, Range(1, 65536)]
 Tokens = Annotated[int, Range(1, 4096)]
-TokensOrNone = Annotated[int, Range(0, 4096)]
 Weight = Annotated[float, Range(0, 1000)]
 
 

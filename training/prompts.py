@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "drm-prompts", 1
 ROWS_EACH = 512
 BATCH = 16
+T5Length = Annotated[int, Range(0, 4096)]
 
 Encode = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -186,9 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, help="text files, a prompt a line")
     parser.add_argument("--encoders", required=True, help="diffusers SD3 folder: text encoders, tokenizers")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--t5-length", type=argument(Annotated[int, Range(0, 4096)]), default=256, help="0 leaves T5 out"
-    )
+    parser.add_argument("--t5-length", type=argument(T5Length), default=256, help="0 leaves T5 out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     try:

@@ -18,8 +18,6 @@ from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
 from drm.ranges import Count
-from drm.ranges import 
-from training.config import argument
 from training.config import argument
 from training.demo import data
 from training.loop import LoopConfig, bfloat16_autocast, train

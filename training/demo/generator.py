@@ -26,8 +26,6 @@ from torch import nn
 
 from drm import flow, stepwise
 from drm.ranges import Count
-from drm.ranges import 
-from training.config import argument
 from training.config import LearningRate, argument
 from training.demo import data, text
 from training.demo.autoencoder import to_float, to_uint8

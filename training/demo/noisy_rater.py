@@ -25,8 +25,6 @@ from torch.nn import functional as F
 
 from drm import flow
 from drm.ranges import Count
-from drm.ranges import 
-from training.config import argument
 from training.config import argument
 from training.demo import data
 from training.demo.classifier import Residual

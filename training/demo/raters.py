@@ -22,8 +22,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from drm.ranges import Count
-from drm.ranges import 
-from training.config import argument
 from training.config import argument
 from training.demo import data
 from training.demo.autoencoder import to_float

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -23,9 +24,7 @@ from torch import nn
 from drm import DRM, flow, load_drm, preference, save_drm
 from drm.backbone import TruncatedSD3, backbone_from_transformer
 from drm.head import ConvHead
-from drm.ranges import Count, CountOrNone, Seed
-from drm.ranges import 
-from training.config import argument
+from drm.ranges import Count, CountOrNone, Range, Seed
 from training.config import argument
 from training.demo import data, text
 from training.demo.comparisons import (
@@ -42,6 +41,8 @@ from training.demo.pairs import Pool, make_pool, pairs
 from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT, COARSE = 3, 2
+Pairs = Annotated[int, Range(22, 22_000, multiple=22)]
+Blocks = Annotated[int, Range(1, 4)]
 HIDDEN = 128
 # The weight of naming the concept beside the comparisons.
 NAMING = 0.5
@@ -155,13 +156,13 @@ def main() -> None:
     parser.add_argument("--raters", type=Path, default=Path("runs/demo/raters"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/reward"))
     parser.add_argument("--steps", type=argument(Count), default=2000)
-    parser.add_argument("--batch", type=argument(Count), default=22, help="pairs a step, a multiple of 22")
+    parser.add_argument("--batch", type=argument(Pairs), default=22, help="pairs a step, a multiple of 22")
     parser.add_argument(
         "--crossed", type=argument(CountOrNone), default=5, help="two pictures with two captions, a step"
     )
     parser.add_argument("--start", type=Path, help="a reward model's file to go on from")
     parser.add_argument(
-        "--kept", type=argument(Count), default=KEPT, help="blocks kept of the generator's four"
+        "--kept", type=argument(Blocks), default=KEPT, help="blocks kept of the generator's four"
     )
     parser.add_argument(
         "--coarse", type=argument(Count), default=COARSE, help="side of a token over the generator's"

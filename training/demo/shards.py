@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 
 from drm.ranges import Count
-from drm.ranges import 
-from training.config import argument
 from training import shards
 from training.config import argument
 from training.demo import data, text
