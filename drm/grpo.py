@@ -21,13 +21,14 @@ loss; it is called as soon as one is known.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from .branching import branch_step, philox4x32
-from .sde import first_below, transition, transition_log_prob
+from .ranges import Positive, Range, Share, check_ranges
+from .sde import check_noise_level, first_below, transition, transition_log_prob
 
 Policy = Callable[[Tensor, float], Tensor]
 Score = Callable[[Tensor, float, Tensor], Tensor]
@@ -47,29 +48,23 @@ class GRPOSettings:
     """
 
     method: Literal["step-grpo", "grpo"] = "step-grpo"
-    num_branches: int = 4
-    noise_level: float = 0.7
+    num_branches: Annotated[int, Range(2, 1024)] = 4  # one has no rival
+    noise_level: Annotated[float, Range(0, 10, above=True)] = 0.7  # at 0 siblings are equal
     kind: Literal["sde", "cps"] = "sde"
-    clip_range: float | None = None
-    advantage_clip: float = 5.0
-    kl_weight: float = 0.01
-    min_std: float = 1e-3
-    start: float = 0.0
-    end: float = 1.0
+    clip_range: Annotated[float, Range(0, 1, above=True)] | None = None
+    advantage_clip: Positive = 5.0
+    kl_weight: Annotated[float, Range(0, 1e6)] = 0.01
+    min_std: Annotated[float, Range(0, 1e9)] = 1e-3
+    start: Share = 0.0
+    end: Share = 1.0
     sibling: Literal["random", "best"] = "random"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
+        check_noise_level(self.noise_level, self.kind)
         wrong = [
             (self.method not in ("step-grpo", "grpo"), "method", self.method, "step-grpo or grpo"),
-            (self.num_branches < 2, "num_branches", self.num_branches, "at least 2, one has no rival"),
-            (not self.noise_level > 0, "noise_level", self.noise_level, "above 0, or siblings are equal"),
-            (
-                not 0 <= self.start < self.end <= 1,
-                "the window",
-                (self.start, self.end),
-                "0 <= start < end <= 1",
-            ),
-            (self.kl_weight < 0, "kl_weight", self.kl_weight, "at least 0"),
+            (not self.start < self.end, "the window", (self.start, self.end), "start below end"),
             (self.sibling not in ("random", "best"), "sibling", self.sibling, "random or best"),
         ]
         for is_wrong, name, value, wanted in wrong:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from drm.ranges import Count
 from training import protocols
 from training.config import SourceConfig
 from training.protocols import Credits
@@ -54,7 +55,7 @@ class BenchmarkConfig:
 
     path: str
     images: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,27 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import yaml
+
+from drm.ranges import Count, CountOrNone, Decay, Positive, Range, Seed, Share, check_ranges
 
 VERSION = 1
+
+# pixels: eight of the VAE, two of the network
+Resolution = Annotated[int, Range(16, 8192, multiple=16)]
+LearningRate = Annotated[float, Range(0, 1, above=True)]
+WeightDecay = Annotated[float, Range(0, 100)]
+Workers = Annotated[int, Range(0, 1024)]
+Rank = Annotated[int, Range(1, 65536)]
+Tokens = Annotated[int, Range(1, 4096)]
+Weight = Annotated[float, Range(0, 1000)]
 
 
 class ConfigError(ValueError):
@@ -39,12 +53,12 @@ class ModelConfig:
     """
 
     base: str
-    num_kept: int = 21
-    coarse: int = 1
-    head_hidden: int = 256
+    num_kept: Annotated[int, Range(1, 1024)] = 21
+    coarse: Annotated[int, Range(1, 64)] = 1
+    head_hidden: Annotated[int, Range(1, 65536)] = 256
     train: Literal["full", "lora", "head"] = "full"
-    lora_rank: int = 64
-    lora_alpha: float = 128.0
+    lora_rank: Rank = 64
+    lora_alpha: Positive = 128.0
     random_backbone: bool = False
     gradient_checkpointing: bool = True
 
@@ -58,11 +72,11 @@ class SourceConfig:
     format: Literal["hpdv3", "pickapic", "imagereward", "hpdv2", "jsonl"]
     path: str
     images: str | None = None
-    weight: float = 1.0
-    min_confidence: float = 0.95
+    weight: Weight = 1.0
+    min_confidence: Share = 0.95
     ties: Literal["drop", "soft"] = "drop"
     split: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,16 +88,16 @@ class EncodeConfig:
     encoders: str
     sources: tuple[SourceConfig, ...]
     out: str
-    resolution: int = 512
-    t5_lengths: tuple[int, ...] = (77, 256)
-    batch_images: int = 16
-    batch_prompts: int = 16
-    shard_size: int = 2048
-    workers: int = 4
+    resolution: Resolution = 512
+    t5_lengths: tuple[Tokens, ...] = (77, 256)
+    batch_images: Count = 16
+    batch_prompts: Count = 16
+    shard_size: Count = 2048
+    workers: Workers = 4
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    held_out: float = 0.01
-    bad_rows: float = 0.02
-    seed: int = 0
+    held_out: Share = 0.01
+    bad_rows: Share = 0.02
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +107,9 @@ class DataConfig:
     """
 
     encoded: str
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    drop_t5: float = 0.1
-    limit: int | None = None
+    weights: dict[str, Weight] = dataclasses.field(default_factory=dict)
+    drop_t5: Share = 0.1
+    limit: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,32 +119,32 @@ class TrainConfig:
     """
 
     out: str
-    epochs: float = 1.0
-    steps: int | None = None
-    global_batch: int = 128
-    micro_batch: int = 8
-    learning_rate: float = 1e-5
-    warmup: int = 1000
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    ema: float = 0.999
+    epochs: Positive = 1.0
+    steps: Count | None = None
+    global_batch: Count = 128
+    micro_batch: Count = 8
+    learning_rate: LearningRate = 1e-5
+    warmup: CountOrNone = 1000
+    weight_decay: WeightDecay = 0.01
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    clip: Positive = 1.0
+    ema: Decay = 0.999
     loss: Literal["bradley-terry", "thurstone"] = "bradley-terry"
-    sigma: tuple[float, float] = (0.0, 1.0)
+    sigma: tuple[Share, Share] = (0.0, 1.0)
     precision: Literal["bf16", "no"] = "bf16"
-    save_every: int = 500
-    keep: int = 2
-    evaluate_every: int | None = None
-    held_out_pairs: int = 2048
-    workers: int = 2
-    seed: int = 0
+    save_every: Count = 500
+    keep: Count = 2
+    evaluate_every: Count | None = None
+    held_out_pairs: CountOrNone = 2048
+    workers: Workers = 2
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DRMConfig:
     """The whole file."""
 
-    version: int
+    version: Annotated[int, Range(1, VERSION)]
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -152,31 +166,28 @@ def _check(config: DRMConfig) -> None:
             f"version is {config.version}, this code reads {VERSION}: take the configuration of this release"
             " in training/configs and carry your values over"
         )
-    train, low_high = config.train, config.train.sigma
+    check_numbers(config)
+    low_high = config.train.sigma
     wrong = [
-        (train.global_batch < 1, "train.global_batch", train.global_batch, "at least 1"),
-        (train.micro_batch < 1, "train.micro_batch", train.micro_batch, "at least 1"),
-        (not 0 <= low_high[0] < low_high[1] <= 1, "train.sigma", low_high, "two growing numbers in 0 to 1"),
-        (not 0 <= train.ema < 1, "train.ema", train.ema, "0 (none) to below 1"),
-        (train.learning_rate <= 0, "train.learning_rate", train.learning_rate, "above 0"),
-        (train.steps is not None and train.steps < 1, "train.steps", train.steps, "at least 1"),
-        (train.epochs <= 0, "train.epochs", train.epochs, "above 0"),
-        (train.save_every < 1, "train.save_every", train.save_every, "at least 1"),
-        (train.keep < 1, "train.keep", train.keep, "at least 1"),
-        (not 0 <= config.data.drop_t5 <= 1, "data.drop_t5", config.data.drop_t5, "0 to 1"),
-        (config.model.num_kept < 1, "model.num_kept", config.model.num_kept, "at least 1"),
-        (config.model.coarse < 1, "model.coarse", config.model.coarse, "1 (the base's tokens) or more"),
+        (not low_high[0] < low_high[1], "train.sigma", low_high, "two growing numbers in 0 to 1"),
         (
             config.model.coarse > 1 and config.model.train != "full",
             "model.coarse",
             config.model.coarse,
             "1 unless model.train is full, because coarse tokens must be learned",
         ),
-        (config.model.lora_rank < 1, "model.lora_rank", config.model.lora_rank, "at least 1"),
     ]
     for is_wrong, key, value, wanted in wrong:
         if is_wrong:
             raise ConfigError(f"{key} is {value}: wanted {wanted}")
+
+
+def check_numbers(config: object, where: str = "") -> None:
+    """ConfigError for a number out of its field's range or an empty text, see drm.ranges."""
+    try:
+        check_ranges(config, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_config(path: str | Path, cls: type, overrides: Sequence[str] = ()) -> typing.Any:
@@ -184,15 +195,14 @@ def read_config(path: str | Path, cls: type, overrides: Sequence[str] = ()) -> t
 
     overrides: "section.key=value", the value read as YAML.
     """
-    import yaml
-
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not YAML in UTF-8 ({error}): save it in that encoding") from error
+    tree = _yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}: wanted sections such as {_names(cls)}")
     for override in overrides:
@@ -205,8 +215,18 @@ def read_config(path: str | Path, cls: type, overrides: Sequence[str] = ()) -> t
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ConfigError(f"{key} is no setting: {'.'.join(sections)} holds a single value")
-        place[name] = yaml.safe_load(text)
+        place[name] = _yaml(text, f"{override!r}")
     return _build(tree, cls, "")
+
+
+def _yaml(text: str, source: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    # A date with a 13th month and a number of 5,000 digits are plain ValueErrors.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{source} is not YAML ({' '.join(str(error).split())}): close every bracket and quotation mark"
+        ) from error
 
 
 def _names(cls: type) -> str:
@@ -228,7 +248,13 @@ def _build(tree: object, cls: type, where: str) -> typing.Any:
         )
         if field.name not in tree and not has_default:
             raise ConfigError(f"{prefix}{field.name} is missing: give it a value")
-    return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in tree.items()})
+    values = {key: _convert(value, hints[key], f"{prefix}{key}") for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:  # settings of drm check themselves and know nothing of configurations
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def _convert(value: object, hint: typing.Any, where: str) -> typing.Any:
@@ -252,20 +278,23 @@ def _convert(value: object, hint: typing.Any, where: str) -> typing.Any:
             )
     if origin is dict and isinstance(value, dict):
         return {str(key): _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, str):  # YAML 1.1 takes 1e-5 for a text
+    # YAML 1.1 takes 1e-5 for a text
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         value = _number(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, float):
+        return value
     if hint in (int, str, bool) and type(value) is hint:
         return value
     raise ConfigError(f"{where} is {value!r}: wanted {_readable(hint)}")
 
 
-def _number(text: str) -> float | str:
+def _number(value: float | str) -> float | str:
     try:
-        return float(text)
+        return float(value)
+    except OverflowError:
+        return math.inf
     except ValueError:
-        return text
+        return value
 
 
 def _readable(hint: typing.Any) -> str:

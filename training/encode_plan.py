@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from training.config import ConfigError, EncodeConfig, SourceConfig
+from training.config import ConfigError, EncodeConfig, SourceConfig, check_numbers
 from training.readers import Pair, Picture, ReaderError, Report, read_pairs
 from training.shards import replace_atomically
 
@@ -35,19 +35,9 @@ class PlanError(ValueError):
 
 def check(config: EncodeConfig) -> None:
     """ConfigError for a value no pass can be made with."""
-    wrong = [
-        (config.shard_size < 1, "shard_size", "at least 1"),
-        (config.batch_images < 1, "batch_images", "at least 1"),
-        (config.batch_prompts < 1, "batch_prompts", "at least 1"),
-        (config.workers < 0, "workers", "0 (none) or more"),
-        (any(length < 1 for length in config.t5_lengths), "t5_lengths", "lengths of at least 1, or []"),
-        (not 0 <= config.held_out <= 1, "held_out", "a share in 0 to 1"),
-        (not 0 <= config.bad_rows <= 1, "bad_rows", "a share in 0 to 1"),
-        (not config.sources, "sources", "at least one"),
-    ]
-    for is_wrong, key, wanted in wrong:
-        if is_wrong:
-            raise ConfigError(f"encode.{key} is {getattr(config, key)}: wanted {wanted}")
+    check_numbers(config, "encode.")
+    if not config.sources:
+        raise ConfigError("encode.sources is empty: wanted at least one")
 
 
 def source_names(sources: tuple[SourceConfig, ...]) -> list[str]:

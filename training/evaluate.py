@@ -22,15 +22,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
 from drm import DRMFileError, load_drm
 from drm.checkpoint import read_header
+from drm.ranges import Count, Range, Seed, Share
 from training import benchmarks, evaluation_report, protocols, rivals, scoring
 from training.benchmarks import COLUMNS, BenchmarkError, BenchmarksConfig
-from training.config import ConfigError, read_config
+from training.config import ConfigError, Resolution, Workers, check_numbers, read_config
 from training.readers import Ranking, ReaderError
 
 if TYPE_CHECKING:
@@ -49,31 +50,27 @@ class EvaluateConfig:
     module:function. `bad_rows`: share of a test set that may be unusable.
     """
 
-    version: int
+    version: Annotated[int, Range(1, VERSION)]
     benchmarks: BenchmarksConfig
     models: tuple[str, ...] = ()
     rivals: dict[str, str] = dataclasses.field(default_factory=dict)
     encoders: str | None = None
     out: str = "runs/evaluation"
-    sigmas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
-    resolution: int = 512
-    batch: int = 16
-    workers: int = 4
+    sigmas: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75)
+    resolution: Resolution = 512
+    batch: Count = 16
+    workers: Workers = 4
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    bad_rows: float = 0.02
-    resamples: int = 2000
-    seed: int = 0
+    bad_rows: Share = 0.02
+    resamples: Annotated[int, Range(1, 10**6)] = 2000
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         wrong = [
-            (self.version != VERSION, "version", self.version, f"{VERSION}"),
             (not self.sigmas, "sigmas", self.sigmas, "at least one"),
-            (not all(0 <= sigma <= 1 for sigma in self.sigmas), "sigmas", self.sigmas, "numbers in 0 to 1"),
             (len(set(self.sigmas)) < len(self.sigmas), "sigmas", self.sigmas, "each once"),
-            (self.batch < 1, "batch", self.batch, "at least 1"),
-            (self.resolution < 16 or self.resolution % 16, "resolution", self.resolution, "a multiple of 16"),
-            (self.resamples < 1, "resamples", self.resamples, "at least 1"),
         ]
         for is_wrong, key, value, wanted in wrong:
             if is_wrong:

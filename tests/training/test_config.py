@@ -75,7 +75,7 @@ def test_the_paper_s_recipe_is_the_one_shipped():
         (lambda t: t.update(modle={}), "modle is not a setting, the nearest is model"),
         (lambda t: t["train"].update(steps="many"), "train.steps is 'many': wanted a whole number"),
         (lambda t: t["train"].update(steps=True), "train.steps is True: wanted a whole number"),
-        (lambda t: t["model"].update(coarse=0), "model.coarse is 0: wanted 1"),
+        (lambda t: t["model"].update(coarse=0), "model.coarse is 0: wanted at least 1"),
         (
             lambda t: t["model"].update(coarse=2, train="lora"),
             "model.coarse is 2: wanted 1 unless model.train is full",

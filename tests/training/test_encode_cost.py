@@ -39,7 +39,7 @@ def test_shards_and_names():
     assert parts.batches(1, 3) == [[4, 5, 6], [7]]
     assert prompt_shard_size(2048) == 256
     assert prompt_shard_size(1) == 1
-    sources = [SourceConfig(format=f, path="") for f in ("hpdv3", "pickapic", "hpdv3", "hpdv3")]
+    sources = [SourceConfig(format=f, path="none") for f in ("hpdv3", "pickapic", "hpdv3", "hpdv3")]
     assert source_names(tuple(sources)) == ["hpdv3", "pickapic", "hpdv3-2", "hpdv3-3"]
 
 
@@ -54,12 +54,14 @@ def test_shards_and_names():
         ("held_out", 1.5),
         ("bad_rows", -0.1),
         ("sources", ()),
+        ("resolution", 20),
+        ("out", ""),
     ],
 )
 def test_an_impossible_setting_is_named(key, value):
     sources = (SourceConfig(format="jsonl", path="pairs.jsonl"),)
     config = EncodeConfig(**{"encoders": "none", "sources": sources, "out": "none", key: value})
-    with pytest.raises(ConfigError, match=rf"encode.{key} is .*: wanted"):
+    with pytest.raises(ConfigError, match=rf"encode.{key}.* is .*: wanted"):
         check(config)
 
 

@@ -16,13 +16,23 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from drm.grpo import GRPOSettings
-from training.config import ConfigError, read_config
+from drm.ranges import Count, CountOrNone, Decay, Positive, Range, Seed
+from training.config import (
+    ConfigError,
+    LearningRate,
+    Rank,
+    Resolution,
+    Tokens,
+    WeightDecay,
+    check_numbers,
+    read_config,
+)
 
 VERSION = 1
-PATCH = 16  # pixels: eight of the VAE, two of the network
+Sigma = Annotated[float, Range(0, 1, below=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +45,8 @@ class PolicyConfig:
     drm: str
     vae: str | None = None
     lora: str | None = None
-    lora_rank: int = 32
-    lora_alpha: float = 64.0
+    lora_rank: Rank = 32
+    lora_alpha: Positive = 64.0
     precision: Literal["bf16", "no"] = "bf16"
     gradient_checkpointing: bool = True
 
@@ -51,7 +61,7 @@ class PromptsConfig:
     encoded: str
     held_out: str | None = None
     encoders: str | None = None
-    t5_length: int | None = 256
+    t5_length: Tokens | None = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,12 +70,12 @@ class RolloutConfig:
     num_branches latents for each of them at once).
     """
 
-    prompts: int = 48
-    micro_prompts: int = 4
-    steps: int = 10
-    cfg: float = 4.5
-    shift: float = 3.0
-    resolution: int = 512
+    prompts: Count = 48
+    micro_prompts: Count = 4
+    steps: Annotated[int, Range(2, 10_000)] = 10  # the last has no noise to learn from
+    cfg: Annotated[float, Range(1, 1000)] = 4.5  # 1 is no guidance
+    shift: Annotated[float, Range(0, 1000, above=True)] = 3.0
+    resolution: Resolution = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,19 +85,19 @@ class OptimizerConfig:
     """
 
     out: str
-    iterations: int = 1000
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    ema: float = 0.0
-    ema_every: int = 8
-    save_every: int = 20
-    keep: int = 2
-    evaluate_every: int | None = 50
-    pictures_every: int | None = None
-    patience: int | None = None
-    seed: int = 0
+    iterations: Count = 1000
+    learning_rate: LearningRate = 1e-4
+    weight_decay: WeightDecay = 1e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    clip: Positive = 1.0
+    ema: Decay = 0.0
+    ema_every: Count = 8
+    save_every: Count = 20
+    keep: Count = 2
+    evaluate_every: CountOrNone | None = 50  # 0 is None
+    pictures_every: CountOrNone | None = None
+    patience: Count | None = None
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,23 +109,23 @@ class HeldOutConfig:
     many prompts the grids show.
     """
 
-    prompts: int = 64
-    seeds: int = 4
-    steps: int = 40
-    batch: int = 8
-    sigmas: tuple[float, ...] = (0.0, 0.2, 0.4)
+    prompts: Count = 64
+    seeds: Count = 4
+    steps: Annotated[int, Range(1, 10_000)] = 40
+    batch: Count = 8
+    sigmas: tuple[Sigma, ...] = (0.0, 0.2, 0.4)
     drms: dict[str, str] = dataclasses.field(default_factory=dict)
     rivals: dict[str, str] = dataclasses.field(default_factory=dict)
     best_by: str = "held_out"
-    pictures: int = 8
-    seed: int = 0
+    pictures: Count = 8
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepGRPOConfig:
     """The whole file."""
 
-    version: int
+    version: Annotated[int, Range(1, VERSION)]
     model: PolicyConfig
     data: PromptsConfig
     train: OptimizerConfig
@@ -147,12 +157,7 @@ class StepGRPOConfig:
 
 def read_step_grpo(path: str | Path, overrides: Sequence[str] = ()) -> StepGRPOConfig:
     """The YAML file; ConfigError in one sentence when it cannot be used."""
-    try:
-        return read_config(path, StepGRPOConfig, overrides)
-    except ConfigError:
-        raise
-    except ValueError as error:  # GRPOSettings knows nothing of configurations
-        raise ConfigError(f"grpo: {error}") from error
+    return read_config(path, StepGRPOConfig, overrides)
 
 
 def _check(config: StepGRPOConfig) -> None:
@@ -161,43 +166,14 @@ def _check(config: StepGRPOConfig) -> None:
             f"version is {config.version}, this code reads {VERSION}: take the configuration of this release"
             " in training/configs and carry your values over"
         )
+    check_numbers(config)
     train, rollout, evaluate, model = config.train, config.rollout, config.evaluate, config.model
-    at_least_one = {
-        "rollout.prompts": rollout.prompts,
-        "rollout.micro_prompts": rollout.micro_prompts,
-        "train.iterations": train.iterations,
-        "train.ema_every": train.ema_every,
-        "train.save_every": train.save_every,
-        "train.keep": train.keep,
-        "train.evaluate_every": train.evaluate_every or 1,
-        "train.pictures_every": train.pictures_every or 1,
-        "train.patience": 1 if train.patience is None else train.patience,
-        "evaluate.prompts": evaluate.prompts,
-        "evaluate.seeds": evaluate.seeds,
-        "evaluate.steps": evaluate.steps,
-        "evaluate.batch": evaluate.batch,
-        "model.lora_rank": model.lora_rank,
-    }
     scorers = [*evaluate.drms, *evaluate.rivals]
-    size, needs_vae = rollout.resolution, bool(evaluate.rivals) or train.pictures_every is not None
+    needs_vae = bool(evaluate.rivals or train.pictures_every)
     learned = [step for step in range(rollout.steps) if config.grpo.learns(step, rollout.steps)]
-    wrong = [(value < 1, key, value, "at least 1") for key, value in at_least_one.items()] + [
-        (
-            rollout.steps < 2,
-            "rollout.steps",
-            rollout.steps,
-            "at least 2, the last has no noise to learn from",
-        ),
+    wrong = [
         (not learned, "grpo.start to grpo.end", (config.grpo.start, config.grpo.end), "a step in the window"),
-        (rollout.cfg < 1, "rollout.cfg", rollout.cfg, "at least 1 (no guidance)"),
-        (not rollout.shift > 0, "rollout.shift", rollout.shift, "above 0"),
-        (size < PATCH or size % PATCH, "rollout.resolution", size, f"a multiple of {PATCH}"),
-        (not train.learning_rate > 0, "train.learning_rate", train.learning_rate, "above 0"),
-        (not 0 <= train.ema < 1, "train.ema", train.ema, "0 (none) to below 1"),
-        (not train.clip > 0, "train.clip", train.clip, "above 0"),
-        (not model.lora_alpha > 0, "model.lora_alpha", model.lora_alpha, "above 0"),
         (not evaluate.sigmas, "evaluate.sigmas", evaluate.sigmas, "at least one"),
-        (not all(0 <= s < 1 for s in evaluate.sigmas), "evaluate.sigmas", evaluate.sigmas, "0 to below 1"),
         (
             len({"held_out", "diversity", "step", "prompts", *scorers}) < 4 + len(scorers),
             "evaluate.drms and rivals",
