@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from drm.text_files import EncodingError, read_text
+
 VERSION = 1
 
 
@@ -188,10 +190,12 @@ def read_config(path: str | Path, cls: type, overrides: Sequence[str] = ()) -> t
 
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except EncodingError as error:
+        raise ConfigError(str(error)) from error
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}: wanted sections such as {_names(cls)}")
