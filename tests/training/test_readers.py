@@ -300,3 +300,38 @@ def test_pickapic_rows_of_one_picture_twice_are_left_out_of_training_only(train:
             pickapic_ranking(record, source, "", "row 0")
     else:
         assert pickapic_ranking(record, source, "", "row 0").ranks == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(sets, tmp_path, suffix):
+    rows = (sets / "own/pairs.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    path, form = (
+        tmp_path / f"pairs.{suffix}",
+        ("\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]"),
+    )
+    path.write_text(form, encoding="utf-8-sig")
+    found, report = rankings(tmp_path, "jsonl", path, images=str(sets / "own"))
+    assert [r.prompt for r in found] == [json.loads(row)["prompt"] for row in rows]
+    assert report.num_bad("jsonl") == 0
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_text_in_another_encoding_stops_with_file_and_line(sets, tmp_path, suffix):
+    rows = (sets / "own/pairs.jsonl").read_text(encoding="utf-8").splitlines()[:1]
+    rows.append(json.dumps({**json.loads(rows[0]), "prompt": "一只猫坐在房子前面"}, ensure_ascii=False))
+    path, form = tmp_path / f"pairs.{suffix}", "[" * (suffix == "json") + (",\n".join(rows))
+    path.write_text(form, encoding="gbk")
+    with pytest.raises(ReaderError, match=rf"pairs\.{suffix}, line 2 is not UTF-8"):
+        rankings(tmp_path, "jsonl", path, images=str(sets / "own"))
+
+
+def test_a_parquet_text_in_another_encoding_stops(sets, tmp_path):
+    path = next((sets / "pickapic/data").glob("train-*.parquet"))
+    table = pyarrow.parquet.read_table(path)
+    place = table.column_names.index("caption")
+    gbk = pyarrow.array(["一只猫坐在房子前面".encode("gbk")] * len(table), pyarrow.binary()).cast(
+        pyarrow.string(), safe=False
+    )
+    pyarrow.parquet.write_table(table.set_column(place, "caption", gbk), tmp_path / path.name)
+    with pytest.raises(ReaderError, match="damaged at row 0"):
+        rankings(tmp_path, "pickapic", tmp_path / path.name)
