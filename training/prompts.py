@@ -47,8 +47,10 @@ def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a text file, each once, in order; PromptError when there are none."""
     try:
         lines = read_text(path).splitlines()
-    except (OSError, EncodingError) as error:
-        raise PromptError(f"cannot read the prompts {path}: {error.strerror or error}") from error
+    except EncodingError as error:
+        raise PromptError(f"cannot read the prompts: {error}") from error
+    except OSError as error:
+        raise PromptError(f"cannot read the prompts {path}: {error.strerror}") from error
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
         raise PromptError(f"{path} has no prompts: write one a line")

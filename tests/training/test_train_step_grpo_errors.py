@@ -1,8 +1,8 @@
 """What goes wrong in a fine-tuning ends in one clear line, a non-zero exit and no damaged file."""
 
-from pathlib import re
+import re
+from pathlib import Path
 
-import Path
 import pytest
 import torch
 
