@@ -156,10 +156,8 @@ def test_an_end_in_the_middle_loses_nothing(server, base_dir, clean, broken, sen
     done = load_lora(path)[1]["iteration"]
     assert 0 < done < 50
     assert sentence.format(next=done + 1) in result.error
-    assert (
-        f"What was learned in {done} iteration{'s' * (done != 1)} is in {path}; queued again, it goes on there"
-        in result.error
-    )
+    learned = f"{done} iteration{'s' * (done != 1)}"
+    assert f"What was learned in {learned} is in {path}; queued again, it goes on there" in result.error
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     went_on = succeeded(server.run(trainer_graph(name="broken", iterations=done + 1)))
     assert f"went on after iteration {done} of" in went_on.outputs["7"]["text"][0]
