@@ -6,10 +6,10 @@ RUN := .venv/bin/python
 COMFY := HOME=$(CURDIR)/.venv PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/comfy --skip-prompt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test comfyui lint format bench
+.PHONY: help env demo test comfyui lint format bench bench-gpu test-core
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## make .venv, with a real ComfyUI in it (a few minutes once)
 	@$(PYTHON) tools/setup_env.py
@@ -19,6 +19,10 @@ demo: env ## compare plain and step-wise sampling: output/demo/comparison.png
 
 test: env ## run the tests (ARGS="-k name" goes to pytest)
 	@$(RUN) -m pytest $(ARGS)
+
+CORE := sde flow branching presets choice budget stepwise recorded_runs grpo preference
+test-core: ## drm's maths alone: torch, numpy and pytest are enough (RUN=python for your own)
+	@$(RUN) -m pytest -q -p no:cacheprovider $(CORE:%=tests/drm/test_%.py) $(ARGS)
 
 comfyui: env ## start ComfyUI with this pack, PORT=8188 (ARGS="--gpu"); models and pictures in .comfyui/
 	@$(RUN) -m tools.comfy_server --port $(PORT) $(ARGS)
@@ -34,3 +38,6 @@ format: env ## let ruff mend what it can
 
 bench: env ## the table of the README, about 25 minutes (ARGS="--prompts 50 --ways balanced")
 	@$(RUN) -m benchmarks.stepwise $(ARGS)
+
+bench-gpu: ## one card in four minutes: GPU tests, SD3.5-Medium's size, memory, a trainer's iteration
+	@$(RUN) -m benchmarks.gpu $(ARGS)

@@ -42,7 +42,6 @@ _LOOKS_LIKE = (
     ("input_blocks.", "an SD1.5 or SDXL checkpoint"),
     ("down_blocks.", "a diffusers UNet (SD1.5, SDXL) or VAE"),
     ("double_blocks.", "a Flux-type diffusion checkpoint"),
-    ("backbone.transformer_blocks.", "a reward model"),
     ("single_transformer_blocks.", "a Flux transformer of diffusers"),
     ("transformer_blocks.", "a diffusers transformer"),
     ("text_model.", "a CLIP text encoder"),
@@ -159,6 +158,12 @@ def _open(path: Path):
 
 
 def _parse_header(name: str, text: dict[str, str], keys: Iterable[str]) -> dict:
+    keys = list(keys)
+    if text.get("format") != FORMAT and any(key.startswith("backbone.transformer_blocks.") for key in keys):
+        raise DRMFileError(
+            f"{name} has a reward model's weights without its header: another program saved it, take the"
+            " file as it was made"
+        )
     if text.get("format") != FORMAT:
         raise DRMFileError(
             f"{name} is not a reward model, {looks_like(keys)}: choose a file saved by drm.save_drm"

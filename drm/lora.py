@@ -201,4 +201,9 @@ def load_lora(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         raise LoRAFileError(
             f"{path.name} was not made by Step-GRPO: its names and scale may mean other things"
         )
-    return tensors, json.loads(metadata["drm"])
+    try:
+        return tensors, json.loads(metadata["drm"])
+    except (KeyError, ValueError) as error:
+        raise LoRAFileError(
+            f"{path.name} has lost what Step-GRPO wrote about it ({error!r}): take the file as it was made"
+        ) from error

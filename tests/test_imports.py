@@ -5,6 +5,7 @@ packages are imported relatively. There an absolute `import nodes` means ComfyUI
 """
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -193,3 +194,18 @@ def test_loading_the_pack_needs_neither_diffusers_nor_transformers():
         print(*(name for name, node in nodes.NODE_CLASS_MAPPINGS.items() if hasattr(node, "GET_SCHEMA")))
     """)
     assert "StepwiseKSampler" in out.split()
+
+
+def test_the_core_s_maths_is_tested_with_torch_alone():
+    """What `make test-core` runs can be collected where none of our other packages is installed."""
+    core = re.search(r"^CORE := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    files = [str(ROOT / "tests" / "drm" / f"test_{name}.py") for name in core]
+    out = run_python(f"""
+        import sys
+        for name in ("diffusers", "transformers", "safetensors", "peft", "PIL", "yaml"):
+            sys.modules[name] = None
+        import pytest
+        sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", {str(ROOT)!r},
+                              "-c", {str(ROOT / "pyproject.toml")!r}, *{files!r}]))
+    """)
+    assert "test_recorded_runs.py" in out

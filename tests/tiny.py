@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drm import DRM, save_drm
@@ -172,12 +171,16 @@ def _write_text_encoder(path: Path, width: int, seed: int) -> None:
         for key, value in model.state_dict().items()
         if not key.endswith("position_ids")
     }
+    from safetensors.torch import save_file
+
     metadata = {"format": "drm-demo-clip", "version": "1", "config": json.dumps(kwargs), "tokenizer": text}
     save_file(state_dict, path, metadata=metadata)
 
 
 def build_demo_family(folder: str | Path, seed: int = 0, hidden: int = 256, depth: int = 4) -> DemoFiles:
     """Writes the three files below `folder`, in half precision, and says where; hidden must be 64 x depth."""
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     files = DemoFiles(
         folder / "checkpoints" / "drm_demo_emoji_sd3.safetensors",

@@ -25,6 +25,7 @@ from drm.backbone import (
 )
 from drm.checkpoint import looks_like
 from drm.comfy_layout import PREFIX, from_comfy_layout, is_kept_in_comfy_layout
+from drm.text_files import read_text
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
@@ -161,7 +162,7 @@ def _read_diffusers(
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise BaseError(f"{path} is damaged or cut short ({error}): download it again") from error
     if not isinstance(content, dict):

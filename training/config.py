@@ -27,6 +27,7 @@ from typing import Annotated, Literal
 import yaml
 
 from drm.ranges import Count, CountOrNone, Decay, Positive, Range, Seed, Share, check_ranges, range_of
+from drm.text_files import EncodingError, read_text
 
 VERSION = 1
 
@@ -214,11 +215,11 @@ def read_config(path: str | Path, cls: type, overrides: Sequence[str] = ()) -> t
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not YAML in UTF-8 ({error}): save it in that encoding") from error
+    except EncodingError as error:
+        raise ConfigError(str(error)) from error
     tree = _yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}: wanted sections such as {_names(cls)}")

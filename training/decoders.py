@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drm.text_files import read_text
+
 Decode = Callable[[Tensor], list[Image.Image]]
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -49,7 +51,7 @@ def _from_folder(folder: Path, device: str | torch.device) -> Callable[[Tensor],
 
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        kind = json.loads(read_text(folder / "config.json")).get("_class_name")
         if kind not in _CLASSES:
             raise DecoderError(f"{folder} holds {kind}: wanted {' or '.join(_CLASSES)}")
         loaded = getattr(diffusers, kind).from_pretrained(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from drm.backbone import TruncatedSD3, first_difference
+from drm.text_files import read_text
 
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", *_ADDED)
@@ -64,7 +65,7 @@ def merge_adapter(backbone: TruncatedSD3, folder: Path, lora: Mapping, text_outp
 
 def _read_settings(path: Path, lora: Mapping) -> dict:
     try:
-        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        settings = dict(json.loads(read_text(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ReleaseError(f"{path} cannot be read ({error}): the release is incomplete") from error
     unsupported = [name for name in _UNSUPPORTED if settings.get(name)]

@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from drm.text_files import read_text
+
 LATENT_CHANNELS = 16
 CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 T5 = ("tokenizer_3", "text_encoder_3")
@@ -81,7 +83,7 @@ class SD3Encoders:
 
     def _config(self, part: str) -> dict:
         try:
-            return json.loads((self.folder / part / "config.json").read_text())
+            return json.loads(read_text(self.folder / part / "config.json"))
         except (OSError, ValueError) as error:
             raise EncoderError(f"{self.folder}/{part}/config.json cannot be read: {error}") from error
 

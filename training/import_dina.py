@@ -26,6 +26,7 @@ from torch import Tensor
 from drm import DRM, DRMFileError, save_drm
 from drm.backbone import first_difference
 from drm.head import QueryHead
+from drm.text_files import EncodingError, read_text
 from training.base import BaseError, load_backbone
 from training.dina_adapter import (
     ReleaseError,
@@ -89,14 +90,14 @@ def import_dina(base: Path, release: Path, out: Path, dtype: torch.dtype = torch
 def read_release(path: Path, has_text: bool = True) -> Release:
     """The model section of a release's config.json; has_text: whether its head has text adapters."""
     try:
-        model = _json_or_yaml(path.read_text(encoding="utf-8"))["model"]
+        model = _json_or_yaml(read_text(path))["model"]
         depth, visual, text = (
             model["num_transformer_layers"],
             list(model["visual_head_idx"]),
             list(model.get("text_head_idx") or []),
         )
         head = dict(model.get("reward_head") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, EncodingError, yaml.YAMLError) as error:
         raise ReleaseError(
             f"{path} cannot be read ({error}): give the folder of a DiNa-LRM release"
         ) from error

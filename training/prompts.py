@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drm.ranges import Range
+from drm.text_files import EncodingError, read_text
 from training.config import argument
 from training.grpo.config import PromptsConfig
 from training.shards import replace_atomically
@@ -48,9 +49,11 @@ class PromptError(ValueError):
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a text file, each once, in order; PromptError when there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read the prompts {path}: {error}") from error
+        lines = read_text(path).splitlines()
+    except EncodingError as error:
+        raise PromptError(f"cannot read the prompts: {error}") from error
+    except OSError as error:
+        raise PromptError(f"cannot read the prompts {path}: {error.strerror}") from error
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
         raise PromptError(f"{path} has no prompts: write one a line")

@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from drm.text_files import read_text
+
 Score = Callable[[str, list[Image.Image]], list[float]]
 CLIP_KINDS = ("clip", "pickscore")
 
@@ -145,7 +147,7 @@ def _source(module: str) -> str:
 
 def _json_field(path: Path, name: str) -> object:
     try:
-        return json.loads(path.read_text()).get(name)
+        return json.loads(read_text(path)).get(name)
     except (OSError, ValueError, AttributeError) as error:
         raise RivalError(f"{path} is no JSON: {_first_line(error)}") from error
 

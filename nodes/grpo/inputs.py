@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import folder_paths
 
+from ...drm.text_files import EncodingError, read_text
 from ..adapters import check_choice
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ def _read_file(name: str) -> str:
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"prompts: '{name}' has {path.stat().st_size} bytes, wanted at most {LARGEST_FILE}")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: '{name}' is no UTF-8 text ({error}); save it as UTF-8") from error
+        return read_text(path)
+    except EncodingError as error:
+        raise ValueError(f"prompts: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from ..score import show_on_node
 from . import picture
 from .learner import Pictures
 from .run import Run
+from .watch import counted
 
 
 def show(run: Run, line: str, vae: object | None) -> None:
@@ -52,7 +53,8 @@ def report(run: Run) -> str:
     first, last = (sum(part) / few for part in (progress.rewards[:few], progress.rewards[-few:]))
     aside = "kept aside" if set(training.held_out).isdisjoint(training.learned) else "from other seeds"
     lines = [
-        f"{training.method}, {progress.iteration} iterations, {len(training.learned)} prompts",
+        f"{training.method}, {counted(progress.iteration, 'iteration')},"
+        f" {counted(len(training.learned), 'prompt')}",
         *run.notes,
         f"reward {first:+.3f} at first, {last:+.3f} at last (means of {few})",
         f"held-out score ({len(training.held_out)} prompts {aside}) {watch.start:+.3f} before,"

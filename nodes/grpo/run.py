@@ -17,7 +17,7 @@ from .files import run_id, settings_of, sketch, weights_hash
 from .inputs import Training, lora_path
 from .learner import Learner, Models, Pictures
 from .policy import Policy, within_sampling
-from .watch import Look
+from .watch import Look, counted
 
 SECONDS_BETWEEN_SAVES = 60.0
 
@@ -71,9 +71,8 @@ class Run:
         if self.path is None or iteration == 0:
             return
         self._save()
-        where = (
-            f"what was learned in {iteration} iterations is in {self.path}; queued again, it goes on there"
-        )
+        learned = counted(iteration, "iteration")
+        where = f"what was learned in {learned} is in {self.path}; queued again, it goes on there"
         cancelled = isinstance(error, mm.InterruptProcessingException)
         logging.warning("Step-GRPO: %s, %s", "cancelled" if cancelled else "stopped", where)
         show_on_node(f"Stopped: {where}")

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 iteration", "2 iterations"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Look:
     """What was seen after an iteration. diversity: against that of the MODEL as it came."""

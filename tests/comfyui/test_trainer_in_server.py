@@ -112,7 +112,7 @@ def test_cancel_keeps_what_was_learned_and_the_next_prompt_goes_on(server, base_
     assert server.wait(prompt_id, timeout=60).interrupted
     (path,) = files(base_dir / "output", "cancelled_*.safetensors")
     done = load_lora(path)[1]["iteration"]
-    assert f"what was learned in {done} iterations is in {path}" in server.log_text()
+    assert f"what was learned in {done} iteration{'s' * (done != 1)} is in {path}" in server.log_text()
     result = succeeded(server.run(trainer_graph(name="cancelled", iterations=done + 1)))
     assert f"went on after iteration {done}" in result.outputs["7"]["text"][0]
 
@@ -156,9 +156,8 @@ def test_an_end_in_the_middle_loses_nothing(server, base_dir, clean, broken, sen
     done = load_lora(path)[1]["iteration"]
     assert 0 < done < 50
     assert sentence.format(next=done + 1) in result.error
-    assert (
-        f"What was learned in {done} iterations is in {path}; queued again, it goes on there" in result.error
-    )
+    learned = f"{done} iteration{'s' * (done != 1)}"
+    assert f"What was learned in {learned} is in {path}; queued again, it goes on there" in result.error
     assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     went_on = succeeded(server.run(trainer_graph(name="broken", iterations=done + 1)))
     assert f"went on after iteration {done} of" in went_on.outputs["7"]["text"][0]

@@ -54,6 +54,6 @@ def test_the_page_shows_how_it_goes_and_where_cancel_left_it(page, server):
     page.page.wait_for_timeout(1000)
     shown = page.page.evaluate(SHOWN)
     (line,) = [text for text in shown["texts"] if text.startswith("Stopped")]
-    path = re.search(r"iterations is in (.*\.safetensors); queued again, it goes on there$", line).group(1)
+    path = re.search(r"iterations? is in (.*\.safetensors); queued again, it goes on there$", line).group(1)
     assert Path(path).is_file()
     assert shown["progress"] is None

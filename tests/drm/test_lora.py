@@ -157,6 +157,13 @@ def test_loras_that_do_not_fit_are_named():
         learned(network).load(tensors)
 
 
+def test_a_file_without_what_was_written_about_it_is_refused(tmp_path):
+    path = tmp_path / "bare.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"format": "pt", "kind": "drm-lora"})
+    with pytest.raises(LoRAFileError, match="has lost what Step-GRPO wrote about it"):
+        load_lora(path)
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(LoRAFileError, match=r"is no .safetensors file"):
         load_lora(tmp_path / "none.safetensors")

@@ -105,3 +105,12 @@ def test_files_that_are_no_configuration(tmp_path: Path):
         read_config(tmp_path / "broken.yaml", DRMConfig)
     with pytest.raises(ConfigError, match="is no setting"):
         read_config(CONFIGS / "drm_demo.yaml", DRMConfig, ["train.steps"])
+
+
+def test_a_byte_order_mark_and_other_encodings(file: Path, tmp_path: Path):
+    text = file.read_text()
+    file.write_text(text, encoding="utf-8-sig")
+    assert read_config(file, DRMConfig) == make_config(tmp_path)
+    file.write_text(text + "name: Käse\n", encoding="cp1252")
+    with pytest.raises(ConfigError, match=rf"line {text.count(chr(10)) + 1} is not UTF-8"):
+        read_config(file, DRMConfig)

@@ -17,6 +17,11 @@ def test_a_prompt_a_line(tmp_path: Path):
     assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog", "käse #1"]
 
 
+def test_a_comment_after_a_byte_order_mark_is_no_prompt(tmp_path: Path):
+    (tmp_path / "p.txt").write_text("# a comment\na cat\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.txt") == ["a cat"]
+
+
 @pytest.mark.parametrize("content", [b"", b"\n# only this\n", b"\xff\xfe\x00", None])
 def test_files_that_are_none(tmp_path: Path, content: bytes | None):
     if content is not None:

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import math
+import operator
 import re
 import typing
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drm.ranges import range_of
+from drm.ranges import Range, range_of
 from training import encode, evaluate, prompts, train_drm, train_step_grpo
 from training.config import ConfigError, DRMConfig, read_config
 from training.evaluate import EvaluateConfig
@@ -21,7 +23,6 @@ TRAINING = Path(encode.__file__).parent
 COMMANDS = [DRMConfig, StepGRPOConfig, EvaluateConfig]
 STRANGE = [math.nan, math.inf, -math.inf, -1, 0, 1e20, 10**400, "", "  ", "nan", "\0", "text", True, None]
 STRANGE += [[], [1], [math.nan, math.nan], [-1, -1], ["", ""], {}, {"a": -1}, {"a": math.nan}, {"a": ""}]
-TEXTS = {"path", "base", "drm", "out", "encoders", "encoded", "prompts"}
 
 
 def section_of(hint: object) -> type | None:
@@ -56,8 +57,15 @@ def whole(cls: type) -> dict:
     return tree
 
 
-def holds_number(hint: object) -> bool:
-    return hint in (int, float) or any(map(holds_number, typing.get_args(hint)))
+def ranges_in(hint: object) -> Iterator[Range | None]:
+    """Of every number in an annotation, so also in its tuples; None for one without."""
+    if hint in (int, float):
+        yield None
+    elif typing.get_origin(hint) is typing.Annotated:
+        yield range_of(hint)
+    else:
+        for inner in typing.get_args(hint):
+            yield from ranges_in(inner)
 
 
 def numbers_in(value: object) -> Iterator[float]:
@@ -74,30 +82,36 @@ NAMES = [f"{cls.__name__}-{'.'.join(map(str, place))}" for cls, place, _ in EVER
 
 @pytest.mark.parametrize(("cls", "place", "hint"), EVERY, ids=NAMES)
 def test_a_number_declares_its_range(cls: type, place: tuple, hint: object):
-    if holds_number(hint):
-        allowed = range_of(hint)
+    for allowed in ranges_in(hint):
         assert allowed is not None
-        assert math.isfinite(allowed.low) and math.isfinite(allowed.high)
+        assert math.isfinite(allowed.low)
+        assert math.isfinite(allowed.high)
+
+
+def read(tree: dict, cls: type, place: tuple, folder: Path) -> tuple[object, str]:
+    """What the configuration has at a place, and why it was refused instead."""
+    try:
+        found = read_config(_write(folder, tree), cls)
+    except ConfigError as error:
+        return None, str(error)
+    for key in place:
+        found = found[key] if isinstance(key, int) else getattr(found, key)
+    return found, ""
 
 
 @pytest.mark.parametrize(("cls", "place", "hint"), EVERY, ids=NAMES)
 def test_a_strange_value_is_in_the_range_or_refused(cls: type, place: tuple, hint: object, tmp_path: Path):
     tree = whole(cls)
-    read_config(_write(tmp_path, tree), cls)
+    assert read(tree, cls, place, tmp_path)[1] == ""
     for value in STRANGE:
         changed = copy.deepcopy(tree)
-        section = changed
-        for key in place[:-1]:
-            section = section[key]
+        section = functools.reduce(operator.getitem, place[:-1], changed)
         section[place[-1]] = value
-        try:
-            found = read_config(_write(tmp_path, changed), cls)
-        except ConfigError as error:
-            assert "\n" not in str(error)
-            assert str(place[-1]) in str(error) or value == "\0", (value, str(error))
+        found, refusal = read(changed, cls, place, tmp_path)
+        if refusal:
+            assert "\n" not in refusal
+            assert place[-1] in refusal or value == "\0", (value, refusal)
             continue
-        for key in place:
-            found = found[key] if isinstance(key, int) else getattr(found, key)
         assert all(number in range_of(hint) for number in numbers_in(found)), (value, found)
         assert not isinstance(found, str) or (found.strip() and found.isprintable()), value
         assert isinstance(value, list | dict) == isinstance(found, tuple | dict), (value, found)

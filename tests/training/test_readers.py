@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -300,3 +301,80 @@ def test_pickapic_rows_of_one_picture_twice_are_left_out_of_training_only(train:
             pickapic_ranking(record, source, "", "row 0")
     else:
         assert pickapic_ranking(record, source, "", "row 0").ranks == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(sets, tmp_path, suffix):
+    rows = (sets / "own/pairs.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    path, form = (
+        tmp_path / f"pairs.{suffix}",
+        ("\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]"),
+    )
+    path.write_text(form, encoding="utf-8-sig")
+    found, report = rankings(tmp_path, "jsonl", path, images=str(sets / "own"))
+    assert [r.prompt for r in found] == [json.loads(row)["prompt"] for row in rows]
+    assert report.num_bad("jsonl") == 0
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_text_in_another_encoding_stops_with_file_and_line(sets, tmp_path, suffix):
+    rows = (sets / "own/pairs.jsonl").read_text(encoding="utf-8").splitlines()[:1]
+    rows.append(json.dumps({**json.loads(rows[0]), "prompt": "一只猫坐在房子前面"}, ensure_ascii=False))
+    path, form = tmp_path / f"pairs.{suffix}", "[" * (suffix == "json") + (",\n".join(rows))
+    path.write_text(form, encoding="gbk")
+    with pytest.raises(ReaderError, match=rf"pairs\.{suffix}, line 2 is not UTF-8"):
+        rankings(tmp_path, "jsonl", path, images=str(sets / "own"))
+
+
+def test_a_parquet_text_in_another_encoding_stops(sets, tmp_path):
+    path = next((sets / "pickapic/data").glob("train-*.parquet"))
+    table = pyarrow.parquet.read_table(path)
+    place = table.column_names.index("caption")
+    gbk = pyarrow.array(["一只猫坐在房子前面".encode("gbk")] * len(table), pyarrow.binary()).cast(
+        pyarrow.string(), safe=False
+    )
+    pyarrow.parquet.write_table(table.set_column(place, "caption", gbk), tmp_path / path.name)
+    with pytest.raises(ReaderError, match="damaged at row 0"):
+        rankings(tmp_path, "pickapic", tmp_path / path.name)
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "wanted"),
+    [
+        ("gray.png", Image.fromarray(RAMP), RAMP),
+        ("gray16.png", Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP),
+        ("gray16.tiff", Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP),
+        ("gray16.pgm", Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP),
+        ("bits.png", Image.fromarray(RAMP > 127), np.where(RAMP > 127, 255, 0)),
+        ("palette.png", Image.fromarray(RAMP).convert("P"), RAMP),
+        ("alpha.png", Image.fromarray(np.stack([RAMP, np.full_like(RAMP, 255)], -1), "LA"), RAMP),
+        ("clear.png", Image.fromarray(np.stack([RAMP, np.zeros_like(RAMP)], -1), "LA"), 255 + 0 * RAMP),
+        ("rgb.webp", Image.fromarray(np.stack([RAMP] * 3, -1)), RAMP),
+        ("rgba.png", Image.fromarray(np.stack([RAMP] * 3 + [0 * RAMP + 255], -1), "RGBA"), RAMP),
+        ("cmyk.tiff", Image.fromarray(np.stack([0 * RAMP] * 3 + [255 - RAMP], -1), "CMYK"), RAMP),
+        ("ycbcr.tiff", Image.fromarray(np.stack([RAMP, 0 * RAMP + 128, 0 * RAMP + 128], -1), "YCbCr"), RAMP),
+    ],
+)
+def test_every_mode_has_its_own_right_values(tmp_path, name, picture, wanted):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    picture.save(tmp_path / name, **options)
+    found = np.asarray(file_picture(str(tmp_path), name).open()).astype(int)
+    assert found.shape == (16, 16, 3)
+    assert np.abs(found - wanted[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float.tiff", np.float32), ("integers.tiff", np.int32)])
+def test_numbers_without_a_white_are_refused(tmp_path, name, dtype):
+    Image.fromarray((RAMP / 255).astype(dtype)).save(tmp_path / name)
+    with pytest.raises(PictureError, match=r"broken picture: .*of 32-bit numbers, mode [IF]: save it with 8"):
+        file_picture(str(tmp_path), name).open()
+
+
+def test_lab_is_refused(tmp_path):
+    """Pillow's own conversion makes blue of a gray."""
+    Image.new("LAB", (8, 8), (128, 0, 0)).save(tmp_path / "lab.tiff")
+    with pytest.raises(PictureError, match="of mode LAB"):
+        file_picture(str(tmp_path), "lab.tiff").open()

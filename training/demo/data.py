@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from drm.text_files import read_text
+
 SETS = {"fluent": "fluent-emoji", "flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji"}
 STYLES = list(SETS)
 LICENCE = "Apache-2.0; learned from Fluent Emoji (MIT), Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0)"
@@ -69,7 +71,7 @@ def indices(mask: torch.Tensor) -> torch.Tensor:
 def read_concepts() -> list[tuple[str, list[str]]]:
     """[(icon name, [words people use, the first the canonical one])] from concepts.txt."""
     rows = []
-    for line in (Path(__file__).parent / "concepts.txt").read_text().splitlines():
+    for line in read_text(Path(__file__).parent / "concepts.txt").splitlines():
         if line and not line.startswith("#"):
             name, _, synonyms = line.partition(":")
             words = [name.replace("-", " "), *(word.strip() for word in synonyms.split(",") if word.strip())]

@@ -19,9 +19,10 @@ from drm.ranges import Count
 from training import shards
 from training.config import argument
 from training.demo import data, text
+from training.demo.comparisons import MIX
 from training.demo.generator import load_generator
 from training.demo.pairs import Pool, ask, make_pool, pairs, without_concepts
-from training.demo.reward import MIX, REPORTED
+from training.demo.reward import REPORTED
 
 PHRASINGS = 3  # captions of an icon: the canonical one first
 

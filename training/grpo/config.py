@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from drm.grpo import GRPOSettings
-from drm.ranges import Count, CountOrNone, Decay, Positive, Range, Seed
+from drm.ranges import Count, Decay, Positive, Range, Seed
 from training.config import (
     ConfigError,
     LearningRate,
@@ -94,8 +94,8 @@ class OptimizerConfig:
     ema_every: Count = 8
     save_every: Count = 20
     keep: Count = 2
-    evaluate_every: CountOrNone | None = 50  # 0 is None
-    pictures_every: CountOrNone | None = None
+    evaluate_every: Count | None = 50
+    pictures_every: Count | None = None
     patience: Count | None = None
     seed: Seed = 0
 

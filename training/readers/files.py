@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from drm.text_files import EncodingError, text_lines
 from training.config import SourceConfig
 from training.readers.records import ReaderError
 
@@ -29,29 +30,30 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
     """("file:number", record) of a JSON list, numbered from 0, or of JSON lines, numbered from 1.
 
     A line that is no JSON is yielded as None, since only that row is lost.
+    ReaderError when the file is no UTF-8.
     """
     if path.suffix == ".jsonl":
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path.name}:{number}", _parsed(line)
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                yield f"{path.name}:{number}", _parsed(line)
         return
-    with _opened(path) as file:
-        try:
-            records = json.load(file)
-        except ValueError as error:
-            raise ReaderError(
-                f"{path} is no JSON or cut short ({error}): download it again (JSON lines belong in a .jsonl)"
-            ) from error
+    try:
+        records = json.loads("".join(_lines(path)))
+    except json.JSONDecodeError as error:
+        raise ReaderError(
+            f"{path} is no JSON or cut short ({error}): download it again (JSON lines belong in a .jsonl)"
+        ) from error
     if not isinstance(records, list):
         raise ReaderError(f"{path} holds {type(records).__name__}: wanted a JSON list of rows")
     for number, record in enumerate(records):
         yield f"{path.name}:{number}", record
 
 
-def _opened(path: Path):
+def _lines(path: Path) -> Iterator[str]:
     try:
-        return open(path, encoding="utf-8", errors="replace")
+        yield from text_lines(path)
+    except EncodingError as error:
+        raise ReaderError(str(error)) from error
     except OSError as error:
         raise ReaderError(f"cannot read {path}: {error.strerror}") from error
 
@@ -114,5 +116,5 @@ def parquet_records(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int,
             for record in batch.to_pylist():
                 yield row, record
                 row += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ReaderError(f"{path} is damaged at row {row} ({error}): download it again") from error

@@ -16,6 +16,7 @@ import struct
 import threading
 import zlib
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError)
@@ -29,8 +30,20 @@ class PictureError(ValueError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture upright as its EXIF says, in RGB, on white where it is transparent."""
+    """The picture upright as its EXIF says, in RGB, on white where it is transparent.
+
+    16-bit gray becomes 8-bit. ValueError for 32-bit numbers, whole (mode I) or not (F), of which nobody knows
+    which is white, and for LAB.
+    """
+    kind = image.format
     image = ImageOps.exif_transpose(image)
+    # Pillow before 11.3 reads the 16-bit gray of PNG and PGM as I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"of 32-bit numbers, mode {image.mode}: save it with 8 or 16 bits")
+    if image.mode == "LAB":
+        raise ValueError("of mode LAB, which Pillow turns into other colours: save it as RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
