@@ -14,6 +14,7 @@ from . import adapters, folders
 from .grpo import report
 from .grpo.inputs import METHODS, Training, prompts_fingerprint, read_prompts
 from .grpo.learner import Models
+from .grpo.preflight import check_caches
 from .grpo.run import Run
 from .loader import DRMModel
 from .sampler import MAX_SEED
@@ -238,6 +239,7 @@ def prepare(
     vae: object | None,
 ) -> Run:
     """Checks that everything belongs together; ValueError says what does not."""
+    check_caches(model)
     lora = None
     if lora_name != NO_LORA:
         folders.check_file("loras", lora_name)

@@ -1,5 +1,6 @@
 """What is checked before Step-GRPO's first update: a failed check stops with its figure and what to change.
 
+caches    nothing on the MODEL hands out the network's outputs of other steps
 ratio     exp(log p_new - log p_old) of a step walked twice is exactly 1
 variance  the stochastic path's std over the ODE's, drm.grpo.std_against_ode
 memory    what autograd will hold, measured on a smaller picture, against what is free
@@ -9,6 +10,7 @@ spread    rewards of siblings differ, and a gradient reaches the LoRA
 from collections.abc import Callable
 
 import comfy.model_management as mm
+import comfy.model_patcher
 import torch
 from torch import Tensor
 
@@ -19,6 +21,21 @@ LEAST_STD, MOST_STD = 0.7, 1.5
 GB = 1 << 30
 # Gradient and Adam's two moments of a float32 matrix.
 BYTES_A_VALUE = 12
+# The key under which each wraps the sampling.
+CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
+
+
+def check_caches(model: comfy.model_patcher.ModelPatcher) -> None:
+    """ValueError for a MODEL with ComfyUI's caches: they take all calls for steps of one picture, and would
+    answer for one prompt with the output, and the graph, of another.
+    """
+    own = model.model_options.get("transformer_options", {}).get("wrappers", {})
+    keys = {key for wrappers in (*model.wrappers.values(), *own.values()) for key in wrappers}
+    if found := [name for key, name in CACHES.items() if key in keys]:
+        raise ValueError(
+            f"{' and '.join(found)} on the MODEL gives out the outputs of other steps, wanted each computed:"
+            " take patches and accelerators off it"
+        )
 
 
 def check_variance(sigmas: Tensor, training: Training) -> str:

@@ -136,6 +136,17 @@ def test_model_that_differs_with_gradients(inside):
         train(inside, model=model)
 
 
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_caches_of_the_network_s_output(inside, name):
+    from comfy_extras import nodes_easycache
+
+    node = getattr(nodes_easycache, f"{name}Node")
+    (model,) = node.execute(inside.model, 0.2, 0.0, 1.0, verbose=False).result
+    for patched in (model, model.clone()):
+        with pytest.raises(ValueError, match=f"^{name} on the MODEL .*: take patches and accelerators off"):
+            train(inside, model=patched)
+
+
 def test_layers_no_gradient_reaches(inside):
     model = inside.model.clone()
     model.set_model_unet_function_wrapper(
