@@ -114,13 +114,19 @@ def write(out: Path, step: int, gathered: dict, facts: dict, keep: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         whole = steps_in(out)
         left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint was made"
-        why = "the disk is full" if is_disk_full(error) else str(error)
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {out} ({why}): {left}; make room and start the"
-            " same command again"
+            f"cannot write the checkpoint of step {step} to {out} ({why_not_written(error)}): {left}; start"
+            " the same command again"
         ) from error
     for old in steps_in(out)[:-keep]:
         shutil.rmtree(folder_of(out, old), ignore_errors=True)
+
+
+def why_not_written(error: Exception) -> str:
+    """What is wrong with the place that was written to, and what helps."""
+    if is_disk_full(error):
+        return "the disk is full, make room"
+    return f"{' '.join(str(error).split())}, see that the folder is there and can be written to"
 
 
 def is_disk_full(error: Exception) -> bool:

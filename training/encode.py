@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from training import shards
+from training.checkpoints import why_not_written
 from training.config import ConfigError, DRMConfig, EncodeConfig, read_config
 from training.decode_ahead import WorkerDied, decode_ahead
 from training.encode_cost import Cost, rate_of, row_bytes, summary
@@ -46,12 +47,16 @@ from training.encode_plan import (
 )
 from training.encoders import EncoderError, SD3Encoders
 from training.readers import ReaderError
+from training.runs import TrainingError, only_run_in
 
 PATIENCE = datetime.timedelta(hours=12)  # how long processes wait for the one that reads the sources
 
 
 class EncodeError(RuntimeError):
     """The pass stopped; the message says why and what to do. Finished shards are kept."""
+
+
+ERRORS = (ConfigError, ReaderError, PlanError, EncoderError, EncodeError, WorkerDied, TrainingError)
 
 
 class Encoding:
@@ -207,7 +212,7 @@ class Encoding:
                 shards.write_prompt_shard(self.folder, shard, tensors)
         except (OSError, SafetensorError) as error:
             raise EncodeError(
-                f"cannot write {part.path(self.folder, shard)} ({error}): make room and start again, the"
+                f"cannot write {part.path(self.folder, shard)} ({why_not_written(error)}): start again, the"
                 " finished shards are kept"
             ) from error
         if bad:
@@ -320,7 +325,9 @@ def encode(config: EncodeConfig) -> Cost | None:
     check(config)
     transformers_logging.disable_progress_bar()
     try:
-        return Encoding(config, _state()).run()
+        encoding = Encoding(config, _state())
+        with only_run_in(Path(config.out), "encode.out"):
+            return encoding.run()
     except torch.OutOfMemoryError as error:
         raise EncodeError(
             "the GPU's memory is full: lower batch_images or batch_prompts and start again"
@@ -347,7 +354,16 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the finished shards", file=sys.stderr, flush=True)
         os._exit(130)
-    except (ConfigError, ReaderError, PlanError, EncoderError, EncodeError, WorkerDied, OSError) as error:
+    except (
+        ConfigError,
+        ReaderError,
+        PlanError,
+        EncoderError,
+        EncodeError,
+        WorkerDied,
+        TrainingError,
+        OSError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # The other processes may wait for this one: leave at once, the launcher ends them.
         os._exit(1)

@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
     args = parser.parse_args(arguments)
     run_to_the_end(
-        lambda: Trainer(read_config(args.config, DRMConfig, args.settings)).run(),
+        lambda: read_config(args.config, DRMConfig, args.settings),
+        lambda config: Trainer(config).run(),
         ERRORS,
         "lower train.micro_batch, set model.gradient_checkpointing to true or model.train to lora",
     )

@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
     args = parser.parse_args(arguments)
     run_to_the_end(
-        lambda: Trainer(read_step_grpo(args.config, args.settings)).run(),
+        lambda: read_step_grpo(args.config, args.settings),
+        lambda config: Trainer(config).run(),
         ERRORS,
         "lower rollout.micro_prompts or evaluate.batch, or set model.gradient_checkpointing to true",
     )

@@ -105,13 +105,21 @@ def _command(module: str, arguments: list[str], errors: str, file_limit: int | N
     importlib.import_module(module).main(arguments)
 
 
+def begin(
+    arguments: list[str], errors: Path, file_limit: int | None = None, module: str = TRAINERS[DRMConfig]
+) -> multiprocessing.Process:
+    """`python -m module` with these arguments, running; errors: the file of what it prints."""
+    process = CONTEXT.Process(target=_command, args=(module, arguments, str(errors), file_limit))
+    process.start()
+    return process
+
+
 def command(
     arguments: list[str], folder: Path, file_limit: int | None = None, module: str = TRAINERS[DRMConfig]
 ) -> tuple[int, list[str]]:
     """`python -m module` with these arguments: its exit status and the error lines it printed."""
     errors = folder / "stderr.txt"
-    process = CONTEXT.Process(target=_command, args=(module, arguments, str(errors), file_limit))
-    process.start()
+    process = begin(arguments, errors, file_limit, module)
     process.join(TIMEOUT)
     lines = errors.read_text().replace("\r", "\n").splitlines()
     assert not any("Traceback" in line for line in lines), lines

@@ -100,11 +100,11 @@ def start(config, folder, name="output.txt", **environment):
 
 
 def contents(folder):
-    """sha256 of every file in the folder but the plan's, whose rows name paths."""
+    """sha256 of every file in the folder but the plan's, whose rows name paths, and the lock's."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in Path(folder).iterdir()
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".")
     }
 
 
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_finished_shards(made, encoded, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # image shards and the plan fit
     try:
-        with pytest.raises(EncodeError, match=r"cannot write .*prompts-00000.* make room and start again"):
+        with pytest.raises(EncodeError, match=r"cannot write .*prompts-00000.* make room\): start again"):
             encode(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

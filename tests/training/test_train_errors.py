@@ -1,6 +1,8 @@
 """What goes wrong in a training ends in one clear line, a non-zero exit and no damaged file."""
 
 import json
+import os
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.training.encoded import make_config, write_base, write_encoded, write_yaml
-from tests.training.processes import command, log_lines, numbers, start, train
+from tests.training.processes import begin, command, log_lines, numbers, start, train
+from training.runs import HOLDER, TrainingError, only_run_in
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,56 @@ def test_a_folder_that_holds_another_run(files: Path, tmp_path: Path):
     assert "train.learning_rate differs" in fails(files, tmp_path, "train.learning_rate=0.5")
     assert "model.head_hidden differs" in fails(files, tmp_path, "model.head_hidden=32")
     assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
+
+
+def test_two_runs_in_one_folder(files: Path, tmp_path: Path):
+    arguments = ["--config", str(files / "config.yaml"), f"train.out={tmp_path / 'run'}"]
+    first = begin([*arguments, "train.steps=100000"], tmp_path / "first.txt")
+    deadline = time.monotonic() + 120
+    while len(log_lines(tmp_path / "run" / "log.jsonl")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    message = fails(files, tmp_path, "train.steps=100000")
+    assert f"another run is in it (process {first.pid} on {socket.gethostname()} since 2" in message
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    done = len(log_lines(tmp_path / "run" / "log.jsonl"))
+    assert command([*arguments, f"train.steps={done + 2}"], tmp_path) == (0, [])
+    rows = log_lines(tmp_path / "run" / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(done + 2))
+    assert not (tmp_path / "run" / HOLDER).exists()
+
+
+def test_of_a_launcher_s_processes_the_first_holds_the_folder(tmp_path: Path, monkeypatch):
+    with only_run_in(tmp_path):
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+        monkeypatch.setenv("RANK", "1")
+        with only_run_in(tmp_path):
+            pass
+        assert (tmp_path / HOLDER).exists()
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setattr("training.runs.PATIENCE", 0)
+        with pytest.raises(TrainingError, match=rf"another run is in it \(process {os.getpid()} on"):
+            only_run_in(tmp_path).__enter__()
+    with only_run_in(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to(files: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    message = fails(files, tmp_path, f"train.out={tmp_path / 'file' / 'run'}")
+    assert "it cannot be written to (Not a directory); give a folder that can be" in message
+
+
+def test_what_is_left_is_said_as_it_is(files: Path, tmp_path: Path):
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    assert "there is no checkpoint, the same command starts from the beginning" in fails(files, tmp_path)
+    (tmp_path / "run" / "log.jsonl").rmdir()
+    train(make_config(files, out=str(tmp_path / "run"), steps=2))
+    (tmp_path / "run" / "log.jsonl").unlink()
+    (tmp_path / "run" / "log.jsonl").mkdir()
+    message = fails(files, tmp_path, "train.steps=4")
+    assert "the same command goes on from the checkpoint of step 2, which is whole" in message
 
 
 def test_a_damaged_checkpoint(files: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drm.lora import save_lora
 from training.benchmarks import file_sha256
-from training.checkpoints import is_disk_full
+from training.checkpoints import why_not_written
 from training.grpo.config import StepGRPOConfig
 from training.runs import TrainingError
 
@@ -57,7 +57,6 @@ def write_lora(tensors: Mapping[str, Tensor], path: Path, facts: dict) -> None:
     try:
         save_lora(tensors, path, facts)
     except (OSError, SafetensorError) as error:
-        why = "the disk is full" if is_disk_full(error) else str(error)
         raise TrainingError(
-            f"cannot write {path} ({why}): make room and start the same command again"
+            f"cannot write {path} ({why_not_written(error)}): start the same command again"
         ) from error
