@@ -1,5 +1,6 @@
 """What Step-GRPO LoRA Trainer is given, checked before anything is loaded."""
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class Training:
     def per_iteration(self) -> int:
         return self.prompts_per_iteration * self.group
 
-    @property
+    @functools.cached_property
     def held_out(self) -> list[int]:
         """Numbers of the prompts kept aside; all of them, to be drawn from other seeds, when they are few."""
         count = len(self.prompts)
@@ -140,13 +141,14 @@ class Training:
             return list(range(count))
         return list(range(0, count, KEPT_ASIDE))[: PICTURES // 2]
 
-    @property
+    @functools.cached_property
     def learned(self) -> list[int]:
         """Numbers of the prompts that are trained on."""
         count = len(self.prompts)
         if count < FEWEST_TO_KEEP:
             return list(range(count))
-        return [number for number in range(count) if number not in self.held_out]
+        aside = set(self.held_out)
+        return [number for number in range(count) if number not in aside]
 
 
 def lora_path(name: str) -> Path:
