@@ -63,7 +63,8 @@ def test_models_that_cannot_be_evaluated(data, encoders, tmp_path, capsys):
     fails([*base, good, "--encoders", str(tmp_path)], capsys, "has no vae")
     no_encoders = write_config(tmp_path, data)
     fails(["--config", no_encoders, "--models", good], capsys, "models need `encoders`")
-    fails([*base, good, "sigmas=[1.5]"], capsys, "sigmas[0] is 1.5: wanted at least 0 and at most 1")
+    wrong = ["--config", config, "sigmas=[1.5]", "--models", good]
+    fails(wrong, capsys, "sigmas[0] is 1.5: wanted at least 0 and at most 1")
     fails(["--config", config, "devise=cuda"], capsys, "devise is not a setting, the nearest is device")
 
 
