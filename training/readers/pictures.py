@@ -16,12 +16,14 @@ import struct
 import threading
 import zlib
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError)
 BROKEN = (*_BROKEN, struct.error, zlib.error, Image.DecompressionBombError)
 ROWS_AT_ONCE = 16
 OPEN_COLUMNS = 8
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 
 
 class PictureError(ValueError):
@@ -29,13 +31,41 @@ class PictureError(ValueError):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture upright as its EXIF says, in RGB, on white where it is transparent."""
+    """The picture upright as its EXIF says, in 8-bit RGB, on white where it is transparent.
+
+    Grey of 16 bits is brought to 8, so that its white stays white. ValueError for 32-bit integers and floats:
+    no file says which of them is white.
+    """
+    levels = _levels(image)
     image = ImageOps.exif_transpose(image)
+    if levels:
+        image = _to_grey(image, *levels)
+    if image.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _levels(image: Image.Image) -> tuple[int, int] | None:
+    """The values of black and white in a picture of more than 8 bits, None in others."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return None
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        last = 2 ** image.tag_v2[TIFF_BITS][0] - 1
+        return (last, 0) if image.tag_v2.get(TIFF_PHOTOMETRIC) == 0 else (0, last)
+    if image.format in ("PNG", "PPM", "JPEG2000") and image.mode != "F":  # "I" is their 16 bits too
+        return 0, 65535
+    raise ValueError(f"mode {image.mode} has no stated white: save it with 8 bits a channel")
+
+
+def _to_grey(image: Image.Image, black: int, white: int) -> Image.Image:
+    values = np.array(image, dtype=np.float64)
+    values[values == image.info.get("transparency")] = white
+    return Image.fromarray(np.rint((values - black) / (white - black) * 255).astype(np.uint8))
 
 
 class _Column:
