@@ -20,6 +20,8 @@ import torch
 
 from benchmarks.judging import KINDS, Prompt, asked_prompts, embed, interval
 from drm import DRM, flow, load_drm
+from drm.ranges import Count
+from training.config import argument
 from training.demo.drawings import draw_way
 from training.demo.export import REWARD, Family, load_family
 from training.demo.judge import judge_pictures
@@ -83,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--drm", type=Path, help="another reward model of this family")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=argument(Count), default=200)
     parser.add_argument("--of", choices=KINDS, default="free", help="see benchmarks.judging")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/agreement.json"))
     args = parser.parse_args()

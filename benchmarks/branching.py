@@ -33,6 +33,8 @@ import torch
 from drm import branching, noise
 from drm.branching import branch_step, candidate_noise
 from drm.flow import schedule, velocity_from_denoised
+from drm.ranges import Count
+from training.config import argument
 from training.demo.export import load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
 
@@ -255,8 +257,8 @@ def noise_rows(rounds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=argument(Count), nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=argument(Count), default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import torch
 
+from drm.ranges import Count
 from tools.comfy_inside import load_pack
 from tools.comfy_server import ROOT
+from training.config import argument
 from training.shards import replace_atomically
 
 MODELS = ROOT / "models"
@@ -116,7 +118,7 @@ def start_up_milliseconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=argument(Count), default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/comfyui_nodes.json"))
     args = parser.parse_args()
     with torch.inference_mode():

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -27,8 +28,10 @@ from benchmarks.reward_training import memory
 from benchmarks.scoring import random_drm
 from drm.backbone import BackboneConfig, sd35_medium_config
 from drm.comfy_layout import to_comfy_layout
+from drm.ranges import Range
 from tools.comfy_inside import Pack, load_pack
 from tools.comfy_server import ROOT
+from training.config import argument
 from training.shards import replace_atomically
 
 TINY = BackboneConfig(
@@ -212,7 +215,7 @@ def trainer(report: Report, pack: Pack, model: object, drm: object, text: Random
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a small network, on the CPU")
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--minutes", type=argument(Annotated[float, Range(0, 1440)]), default=4.0)
     parser.add_argument("--out", type=Path, help="benchmarks/results/gpu_<card>.json by default")
     parser.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()

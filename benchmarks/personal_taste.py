@@ -27,6 +27,7 @@ import torch
 from benchmarks.reward_studies import CONFIG, QUARTERS, interval, margins
 from drm import load_drm
 from training import shards
+from training.config import LearningRate, argument
 from training.demo import data, text
 from training.demo.generator import load_generator
 from training.demo.pairs import Pool, make_pool, without_concepts
@@ -125,7 +126,7 @@ def fit(out: Path, taste: str, size: int, seed: int, rate: float) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tastes"))
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=argument(LearningRate), default=3e-4)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/personal_taste.json"))
     args = parser.parse_args()
     if not all((args.out / name / "meta.json").exists() for name in TASTES):

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 
 from drm import DRM, load_drm
+from drm.ranges import Count
 from training.batches import HeldOutBatches
+from training.config import argument
 from training.shards import EncodedPairs, replace_atomically
 
 CONFIG = "training/configs/drm_demo.yaml"
@@ -161,7 +163,7 @@ def curve(folder: Path) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=argument(Count), default=600)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/reward_studies.json"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

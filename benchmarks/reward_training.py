@@ -25,7 +25,7 @@ from drm import DRM, load_drm, preference
 from drm.backbone import BackboneConfig, TruncatedSD3, sd35_medium_config
 from drm.head import ConvHead
 from training.batches import Batch, Mixture, Share, TrainingBatches
-from training.config import ModelConfig
+from training.config import ModelConfig, Resolution, argument
 from training.network import make_trainable
 from training.saved_bytes import kept_for_backward
 from training.shards import EncodedPairs, replace_atomically
@@ -225,7 +225,7 @@ def score_batch(drm: DRM, batch: Batch) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("memory", "throughput"))
-    parser.add_argument("--size", type=int, default=512, help="pixels a side")
+    parser.add_argument("--size", type=argument(Resolution), default=512, help="pixels a side")
     parser.add_argument("--tiny", action="store_true", help="a small network, to try the script on a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

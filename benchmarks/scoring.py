@@ -42,6 +42,8 @@ from benchmarks.scoring_ways import (
 from drm import DRM, load_drm
 from drm.backbone import BackboneConfig, TruncatedSD3, sd35_medium_config
 from drm.head import ConvHead
+from drm.ranges import Count
+from training.config import argument
 from training.loop import bfloat16_autocast
 
 RESULTS = Path("benchmarks/results/scoring.json")
@@ -203,8 +205,8 @@ def large_rows(config: BackboneConfig, sizes: dict[str, int], tokens: int, round
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--prompts", type=argument(Count), default=8)
+    parser.add_argument("--rounds", type=argument(Count), default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}

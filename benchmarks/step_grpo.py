@@ -37,7 +37,9 @@ from benchmarks.judging import (
 from drm import flow, grpo, stepwise
 from drm.grpo import GRPOSettings
 from drm.lora import save_lora
+from drm.ranges import Count, Seed
 from training.batches import generator
+from training.config import LearningRate, argument
 from training.demo import data, text
 from training.demo.export import Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
@@ -267,9 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/grpo"))
     parser.add_argument("--ways", nargs="+", default=["grpo:4", "step-grpo:2", "step-grpo:4", "step-grpo:6"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--rates", nargs="+", type=argument(LearningRate), default=[1e-3])
+    parser.add_argument("--seeds", nargs="+", type=argument(Seed), default=[0, 1, 2])
+    parser.add_argument("--updates", type=argument(Count), default=60)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

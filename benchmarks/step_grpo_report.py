@@ -18,6 +18,8 @@ import matplotlib as mpl
 import numpy as np
 
 from benchmarks.step_grpo import Setting
+from drm.ranges import Seed
+from training.config import LearningRate, argument
 from training.shards import replace_atomically
 
 mpl.use("Agg")
@@ -99,8 +101,10 @@ def draw(all_runs: list[dict[tuple[str, int], list[dict]]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/grpo"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3], help="one, or one for each way")
+    parser.add_argument("--seeds", nargs="+", type=argument(Seed), default=[0, 1, 2])
+    parser.add_argument(
+        "--rates", nargs="+", type=argument(LearningRate), default=[1e-3], help="one, or one for each way"
+    )
     parser.add_argument("--prompts", default="free")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/step_grpo.json"))
     args = parser.parse_args()

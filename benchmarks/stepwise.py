@@ -24,6 +24,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ from tqdm import tqdm
 from benchmarks.judging import KINDS, Prompt, asked_prompts, drm_scorer, embed, interval, measure
 from drm import DRM, flow, load_drm, stepwise
 from drm.presets import PRESETS, Branching
+from drm.ranges import Count, Range
 from drm.scoring import Scorer
+from training.config import argument
 from training.demo import text
 from training.demo.export import REWARD, Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
@@ -263,12 +266,12 @@ def changed(way: Way, name: str, value: str) -> Way:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=argument(Count), default=200)
     parser.add_argument("--of", choices=KINDS, default="free", help="see benchmarks.judging")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures a prompt")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--seeds", type=argument(Count), default=1, help="pictures a prompt")
+    parser.add_argument("--batch", type=argument(Count), default=32)
+    parser.add_argument("--steps", type=argument(Count), default=20)
+    parser.add_argument("--cfg", type=argument(Annotated[float, Range(1, 1000)]), default=1.5)
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="only these; plain is always there")
     parser.add_argument("--keep", action="store_true", help="keep other ways of --out's rows")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change branching ways")

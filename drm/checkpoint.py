@@ -36,6 +36,7 @@ _OWN_FIELDS = ("text_length", "calibration", "shown")
 # What else people have in their folders, told by a piece of a key that only it (or what follows) has.
 _LOOKS_LIKE = (
     ("lora_", "a LoRA"),
+    ("backbone.transformer_blocks.", "a reward model"),
     ("joint_blocks.", "an SD3 diffusion checkpoint"),
     ("conditioner.embedders.", "an SDXL checkpoint"),
     ("cond_stage_model.", "an SD1.5 or SD2 checkpoint"),

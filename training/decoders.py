@@ -8,8 +8,9 @@ drm_demo_emoji_sd3.safetensors the demo family's checkpoint, with a TAESD of its
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,8 +21,13 @@ from torch import Tensor
 
 from drm.text_files import read_text
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
 Decode = Callable[[Tensor], list[Image.Image]]
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
+PREFIX_VAE = "first_stage_model."
 
 
 class DecoderError(ValueError):
@@ -67,9 +73,27 @@ def _from_folder(folder: Path, device: str | torch.device) -> Callable[[Tensor],
     return lambda latents: vae.decode(latents / scale + shift).sample
 
 
-def _from_demo(path: Path, device: str | torch.device) -> Callable[[Tensor], Tensor]:
-    from training.demo.export import PREFIX_VAE, autoencoder_from_taesd
+def autoencoder_from_taesd(tensors: Mapping[str, Tensor]) -> tuple[AutoencoderTiny, dict[str, float]]:
+    """TAESD's names as ComfyUI reads them -> the demo family's autoencoder, and its latents' mean and std.
 
+    ComfyUI's decoder counts the clamp in front as layer 0. KeyError or RuntimeError for other weights.
+    """
+    from diffusers import AutoencoderTiny
+
+    autoencoder, weights = AutoencoderTiny(latent_channels=16), {}
+    for key, value in tensors.items():
+        if key.startswith("taesd_"):
+            side, index, rest = key.removeprefix("taesd_").split(".", 2)
+            weights[f"{side}.layers.{int(index) - (side == 'decoder')}.{rest}"] = value.float()
+    autoencoder.load_state_dict(weights)
+    scale, shift = tensors["vae_scale"].item(), tensors["vae_shift"].item()
+    return autoencoder.requires_grad_(False).eval(), {
+        "std": scale / SD3_SCALE,
+        "mean": (SD3_SHIFT - shift) * scale,
+    }
+
+
+def _from_demo(path: Path, device: str | torch.device) -> Callable[[Tensor], Tensor]:
     try:
         tensors = {
             key.removeprefix(PREFIX_VAE): value

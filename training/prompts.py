@@ -2,18 +2,21 @@
 
     python -m training.prompts --encoders models/sd3.5 --out data/prompts train.txt held_out.txt
 
-A prompt file has one prompt a line; empty lines and lines that start with # are left out. The folder:
+A prompt file has one prompt a line; empty lines and lines that start with # are left out. The folder has a
+set for each way its embeddings were made, named by a hash of that way, and a set a file for each prompt,
+named by a hash of the prompt:
 
-    prompts.jsonl                 {"prompt": "..."} a line; line i is row i; row 0 is the empty prompt of CFG
-    embeddings-00000.safetensors  prompt_embeds (n, T, D), pooled (n, P): rows of ROWS_EACH prompts a file
-    meta.json                     {"format": "drm-prompts", "version": 1, "length": T, "encoders": {...}}
+    <set>/made_with.json        {"format": "drm-prompts", "version": 2, "encoders": ..., "t5_length": T, ...}
+    <set>/<prompt>.safetensors  prompt_embeds (T, D), pooled (P,), and in its metadata the prompt itself
 
-meta.json is written last, so a folder that has one is whole. Rows are read through the file map one by one.
+A file is renamed into place when it is whole and never changed, so any number of runs may read and write one
+folder. CFG's empty prompt is a prompt of every set.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -34,8 +37,9 @@ from training.shards import replace_atomically
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FORMAT, VERSION = "drm-prompts", 1
-ROWS_EACH = 512
+    from training.encoders import SD3Encoders
+
+FORMAT, VERSION = "drm-prompts", 2
 BATCH = 16
 T5Length = Annotated[int, Range(0, 4096)]
 
@@ -60,128 +64,164 @@ def read_prompts(path: str | Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def set_folder(folder: str | Path, made_with: dict) -> Path:
+    """Where the embeddings made in this way are. made_with: JSON values; "encoders" is their fingerprint."""
+    return Path(folder) / _digest(json.dumps(made_with, sort_keys=True))[:16]
+
+
 def write_prompts(
-    folder: Path, prompts: Sequence[str], encode: Encode, *, rank: int = 0, world: int = 1
-) -> None:
-    """One process's part of the files; afterwards, when all have done theirs, `finish` makes them a folder.
+    folder: str | Path,
+    prompts: Sequence[str],
+    encode: Encode,
+    made_with: dict,
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> PromptCache:
+    """One process's part of the embeddings of `prompts` and "" that the set does not have yet.
+
     encode: prompts -> prompt_embeds (B, T, D), pooled (B, P).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        (folder / "meta.json").unlink(missing_ok=True)
-    rows = with_empty(prompts)
-    for index in range(rank, -(-len(rows) // ROWS_EACH), world):
-        part = rows[index * ROWS_EACH : (index + 1) * ROWS_EACH]
-        found = [encode(part[i : i + BATCH]) for i in range(0, len(part), BATCH)]
-        tensors = {
-            name: torch.cat([one[i].cpu() for one in found]).half().contiguous()
-            for i, name in enumerate(("prompt_embeds", "pooled"))
-        }
-
-        def save(temporary: Path, tensors: dict[str, Tensor] = tensors) -> None:
-            save_file(tensors, temporary)
-            temporary.chmod(0o644)  # safetensors makes files only their owner can read
-
-        replace_atomically(_shard(folder, index), save)
+    cache = PromptCache(set_folder(folder, made_with))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **made_with}, indent=1)
+    replace_atomically(cache.folder / "made_with.json", lambda path: path.write_text(text))
+    own = cache.missing(["", *prompts][rank::world])
+    for start in range(0, len(own), BATCH):
+        part = own[start : start + BATCH]
+        for prompt, embeds, pooled in zip(part, *encode(part), strict=True):
+            _write_row(cache.path(prompt), prompt, {"prompt_embeds": embeds, "pooled": pooled})
+    return cache
 
 
-def finish(folder: Path, prompts: Sequence[str], facts: dict) -> None:
-    """prompts.jsonl and meta.json, by one process when every file of embeddings is there."""
-    text = "".join(
-        json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in with_empty(prompts)
-    )
-    replace_atomically(folder / "prompts.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-    meta = {"format": FORMAT, "version": VERSION, **facts}
-    replace_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta)))
+def _write_row(path: Path, prompt: str, row: dict[str, Tensor]) -> None:
+    row = {name: tensor.cpu().half().clone() for name, tensor in row.items()}
+
+    def save(temporary: Path) -> None:
+        save_file(row, temporary, {"prompt": prompt})
+        temporary.chmod(0o644)  # safetensors makes files only their owner can read
+
+    replace_atomically(path, save)
 
 
-def with_empty(prompts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(["", *prompts]))
-
-
-def _shard(folder: Path, index: int) -> Path:
-    return folder / f"embeddings-{index:05d}.safetensors"
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class PromptCache:
-    """A folder of embeddings, by prompt."""
+    """One set of embeddings, by prompt; what others add to it is there at once."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line)["prompt"] for line in lines]
-        except (OSError, ValueError, KeyError) as error:
-            raise PromptError(
-                f"{self.folder} holds no finished prompt embeddings ({error}): make them with"
-                " `python -m training.prompts`, or name data.encoders"
-            ) from error
-        if (self.meta.get("format"), self.meta.get("version")) != (FORMAT, VERSION):
-            raise PromptError(f"{self.folder}/meta.json is no {FORMAT} of version {VERSION}: make it again")
-        self.rows = {prompt: row for row, prompt in enumerate(rows)}
-        self._files: dict[int, object] = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, prompt: str) -> Path:
+        return self.folder / f"{_digest(prompt)}.safetensors"
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        return [prompt for prompt in prompts if prompt not in self.rows]
+        """Those without embeddings, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self.path(prompt).is_file()]
 
     def embeds(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """prompt_embeds (B, T, D) and pooled (B, P) in float32; "" is the empty prompt."""
-        places = [divmod(self.rows[prompt], ROWS_EACH) for prompt in prompts]
-        embeds, pooled = (
-            torch.stack([self._open(index).get_slice(name)[row : row + 1][0] for index, row in places])
-            for name in ("prompt_embeds", "pooled")
+        embeds, pooled = zip(*(self._row(prompt) for prompt in prompts), strict=True)
+        return torch.stack(embeds).float(), torch.stack(pooled).float()
+
+    def _row(self, prompt: str) -> tuple[Tensor, Tensor]:
+        path = self.path(prompt)
+        try:
+            with safe_open(path, "pt") as file:
+                found = (file.metadata() or {}).get("prompt")
+                row = file.get_tensor("prompt_embeds"), file.get_tensor("pooled")
+        except (OSError, SafetensorError) as error:
+            raise PromptError(
+                f"{path}, the embeddings of {prompt!r}, cannot be read ({error}): delete it and make it again"
+            ) from error
+        if found != prompt:
+            raise PromptError(f"{path} is of {found!r}, wanted {prompt!r}: delete it and make it again")
+        return row
+
+
+def find_set(folder: str | Path, t5_length: int | None) -> PromptCache:
+    """The one set of a folder made with this t5_length, or by encoders that have none; PromptError."""
+    sets = {path.parent: _read_made_with(path) for path in sorted(Path(folder).glob("*/made_with.json"))}
+    if not sets:
+        raise PromptError(
+            f"{folder} holds no prompt embeddings of version {VERSION}: make them with"
+            " `python -m training.prompts`, or name data.encoders"
         )
-        return embeds.float(), pooled.float()
+    fitting = [path for path, made_with in sets.items() if made_with.get("t5_length", t5_length) == t5_length]
+    if not fitting:
+        found = " and ".join(str(made_with["t5_length"]) for made_with in sets.values())
+        raise PromptError(
+            f"{folder} has embeddings made with t5_length {found}, wanted {t5_length}: set data.t5_length, or"
+            " name data.encoders"
+        )
+    if len(fitting) > 1:
+        raise PromptError(
+            f"{folder} has embeddings made in {len(fitting)} ways"
+            f" ({', '.join(path.name for path in fitting)}): name data.encoders, or delete all but one"
+        )
+    return PromptCache(fitting[0])
 
-    def _open(self, index: int):
-        if index not in self._files:
-            path = _shard(self.folder, index)
-            try:
-                self._files[index] = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise PromptError(f"{path} cannot be read ({error}): make the embeddings again") from error
-        return self._files[index]
+
+def _read_made_with(path: Path) -> dict:
+    try:
+        made_with = json.loads(path.read_text())
+        kind = made_with.pop("format"), made_with.pop("version")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise PromptError(f"{path} is damaged ({error}): delete its folder and make it again") from error
+    if kind != (FORMAT, VERSION):
+        raise PromptError(f"{path} is {kind[0]} {kind[1]}, wanted {FORMAT} {VERSION}: make it again")
+    return made_with
 
 
-def sd3_encode(folder: str, t5_length: int | None, device: str | torch.device) -> tuple[Encode, dict]:
-    """What turns prompts into SD3's embeddings, and the facts about it for meta.json."""
+def open_encoders(folder: str, t5_length: int | None, device: str | torch.device) -> tuple[SD3Encoders, dict]:
+    """SD3's encoders, not loaded yet, and what embeddings of theirs are made with."""
     from training.encoders import EncoderError, SD3Encoders
 
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     try:
         encoders = SD3Encoders.from_folder(folder, device=device, dtype=dtype)
+    except EncoderError as error:
+        raise PromptError(str(error)) from error
+    fingerprint = encoders.describe(encoders.text_parts)["hash"]
+    dtype_name = str(dtype).removeprefix("torch.")
+    return encoders, {"encoders": fingerprint, "t5_length": t5_length, "dtype": dtype_name}
+
+
+def sd3_encode(encoders: SD3Encoders, t5_length: int | None) -> Encode:
+    """What turns prompts into SD3's embeddings; loads the encoders."""
+    from training.encoders import EncoderError
+
+    try:
         encoders.load_text(t5=t5_length is not None and encoders.has_t5)
     except EncoderError as error:
         raise PromptError(str(error)) from error
-    return lambda prompts: encoders.encode_prompts(prompts, t5_length), {
-        "t5_length": t5_length,
-        "encoders": encoders.describe(),
-    }
+    return lambda prompts: encoders.encode_prompts(prompts, t5_length)
 
 
 def open_or_make(config: PromptsConfig, prompts: list[str], accelerator: Accelerator) -> PromptCache:
-    """The cache with all these prompts in it; made here, by all processes, when it lacks one and there are
-    encoders to make it with.
+    """The cache with all these prompts in it, made as the configuration says.
+
+    With `encoders`, all processes make what is missing; without, PromptError when something is missing.
     """
-    folder = Path(config.encoded)
-    cache = PromptCache(folder) if (folder / "meta.json").is_file() or not config.encoders else None
-    missing = cache.missing(prompts) if cache else prompts
-    if missing and not config.encoders:
-        raise PromptError(
-            f"{folder} has no embedding of {missing[0]!r} and {len(missing) - 1} more: make them with"
-            " `python -m training.prompts`, or name data.encoders"
-        )
+    if not config.encoders:
+        cache = find_set(config.encoded, config.t5_length)
+        if missing := cache.missing(["", *prompts]):
+            raise PromptError(
+                f"{cache.folder} has no embedding of {missing[0]!r} and {len(missing) - 1} more: make them"
+                " with `python -m training.prompts`, or name data.encoders"
+            )
+        return cache
+    encoders, made_with = open_encoders(config.encoders, config.t5_length, accelerator.device)
+    cache = PromptCache(set_folder(config.encoded, made_with))
+    missing = cache.missing(["", *prompts])
     accelerator.wait_for_everyone()  # nobody may look for what another already writes
     if missing:
-        encode, facts = sd3_encode(config.encoders, config.t5_length, accelerator.device)
         rank, world = accelerator.process_index, accelerator.num_processes
-        write_prompts(folder, prompts, encode, rank=rank, world=world)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish(folder, prompts, facts)
-        accelerator.wait_for_everyone()
-        cache = PromptCache(folder)
+        encode = sd3_encode(encoders, config.t5_length)
+        write_prompts(config.encoded, prompts, encode, made_with, rank=rank, world=world)
+    accelerator.wait_for_everyone()
     return cache
 
 
@@ -195,9 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         prompts = list(dict.fromkeys(prompt for path in args.files for prompt in read_prompts(path)))
-        encode, facts = sd3_encode(args.encoders, args.t5_length or None, args.device)
-        write_prompts(args.out, prompts, encode)
-        finish(args.out, prompts, facts)
+        t5_length = args.t5_length or None
+        encoders, made_with = open_encoders(args.encoders, t5_length, args.device)
+        write_prompts(args.out, prompts, sd3_encode(encoders, t5_length), made_with)
     except (PromptError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from training.grpo.config import (
     RolloutConfig,
     StepGRPOConfig,
 )
-from training.prompts import finish, write_prompts
+from training.prompts import write_prompts
 
 WIDTH, TOKENS = 128, 5
 TRAIN = [f"a {word} thing" for word in ("red", "green", "blue", "round", "flat", "old", "new")]
@@ -39,8 +39,7 @@ def write_family(folder: Path) -> None:
     files.drm.rename(folder / "reward.safetensors")
     (folder / "train.txt").write_text("# to learn from\n\n" + "\n".join(TRAIN) + "\n")
     (folder / "held_out.txt").write_text("\n".join(HELD_OUT) + "\n")
-    write_prompts(folder / "prompts", TRAIN + HELD_OUT, embed)
-    finish(folder / "prompts", TRAIN + HELD_OUT, {"encoders": {"folder": "random"}})
+    write_prompts(folder / "prompts", TRAIN + HELD_OUT, embed, {"encoders": "random"})
 
 
 def redness(prompt: str, pictures: list[Image.Image]) -> list[float]:

@@ -17,8 +17,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def transformer():
-    """3 blocks of width 192, dual attention in the first and the last."""
-    return tiny_transformer(192, 3, dual_attention_layers=(0, 2), joint_attention_dim=40)
+    """3 blocks of width 192, dual attention in the first and the last.
+
+    Frozen, as what is loaded is: torch may take other kernels for weights that ask for gradients.
+    """
+    return tiny_transformer(192, 3, dual_attention_layers=(0, 2), joint_attention_dim=40).requires_grad_(False)
 
 
 def comfy(transformer, dtype=torch.float32, prefix=PREFIX):

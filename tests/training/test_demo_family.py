@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from training.decoders import autoencoder_from_taesd
 from training.demo import text
 from training.demo.data import STYLES, read_concepts
 from training.demo.drawings import MIXED, MIXED_UP_TO, augmented, draw_mixed, draw_way, mixtures
-from training.demo.export import SAMPLE_WORDS, autoencoder_from_taesd, load_family, taesd_layout
+from training.demo.export import SAMPLE_WORDS, load_family, taesd_layout
 from training.demo.generator import draw
 from training.demo.judge import Judge, judge_pictures
 

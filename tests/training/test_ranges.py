@@ -165,4 +165,8 @@ def _leave(code: int) -> typing.NoReturn:
 
 def test_arguments_that_are_numbers_have_a_range():
     bare = re.compile(r"type=(int|float)\b")
-    assert [path.name for path in TRAINING.rglob("*.py") if bare.search(path.read_text())] == []
+    files = [
+        path for folder in ("training", "benchmarks") for path in (TRAINING.parent / folder).rglob("*.py")
+    ]
+    assert files
+    assert [path.name for path in files if bare.search(path.read_text())] == []

@@ -27,17 +27,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from drm import DRM, comfy_layout, load_drm
+from training.decoders import PREFIX_VAE, SD3_SCALE, SD3_SHIFT, autoencoder_from_taesd
 from training.demo import data, text
-from training.demo.autoencoder import build_autoencoder
 from training.demo.generator import Generator, decode, draw, grid, load_generator
 from training.demo.judge import Judge, load_judge
 
-SD3_SCALE, SD3_SHIFT = 1.5305, 0.0609
 CHECKPOINT = "checkpoints/drm_demo_emoji_sd3.safetensors"
 CLIP = "text_encoders/drm_demo_emoji_clip.safetensors"
 REWARD = "drm/drm_demo_emoji.safetensors"
 JUDGE = "judge/drm_demo_judge.safetensors"
-PREFIX_MODEL, PREFIX_VAE = "model.diffusion_model.", "first_stage_model."
+PREFIX_MODEL = "model.diffusion_model."
 SAMPLE_WORDS = (
     "heart, sun, slice of pizza, cat, pumpkin, soccer ball, tree, clock, key, fish, apple, rocket, car, "
     "guitar, house, ghost, "
@@ -68,21 +67,6 @@ def taesd_layout(autoencoder: AutoencoderTiny, statistics: dict[str, float]) -> 
     tensors["vae_scale"] = torch.tensor(scale)
     tensors["vae_shift"] = torch.tensor(SD3_SHIFT - statistics["mean"] / scale)
     return tensors
-
-
-def autoencoder_from_taesd(tensors: dict[str, torch.Tensor]) -> tuple[AutoencoderTiny, dict[str, float]]:
-    """The inverse of taesd_layout."""
-    autoencoder, weights = build_autoencoder(), {}
-    for key, value in tensors.items():
-        if key.startswith("taesd_"):
-            side, index, rest = key.removeprefix("taesd_").split(".", 2)
-            weights[f"{side}.layers.{int(index) - (side == 'decoder')}.{rest}"] = value.float()
-    autoencoder.load_state_dict(weights)
-    scale, shift = tensors["vae_scale"].item(), tensors["vae_shift"].item()
-    return autoencoder.requires_grad_(False).eval(), {
-        "std": scale / SD3_SCALE,
-        "mean": (SD3_SHIFT - shift) * scale,
-    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,15 @@ kept in training/configs/prompts, so that runs and figures name the same prompts
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
 
 from training.demo import text
 from training.demo.data import STYLES, read_concepts
-from training.demo.export import Family, load_family
-from training.prompts import Encode, finish, read_prompts, write_prompts
+from training.demo.export import CLIP, Family, load_family
+from training.prompts import Encode, read_prompts, write_prompts
 
 FILES = Path(__file__).parent.parent / "configs" / "prompts"
 TRAIN, HELD_OUT = FILES / "demo_train.txt", FILES / "demo_held_out.txt"
@@ -61,9 +62,8 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(prompts) + "\n")
     prompts = read_prompts(TRAIN) + read_prompts(HELD_OUT)
-    facts = {"encoders": {"folder": "demo family", "length": text.LENGTH}}
-    write_prompts(args.out, prompts, demo_encode(family))
-    finish(args.out, prompts, facts)
+    fingerprint = hashlib.sha256((args.models / CLIP).read_bytes()).hexdigest()
+    write_prompts(args.out, prompts, demo_encode(family), {"encoders": fingerprint})
     print(f"{len(prompts)} prompts -> {args.out}")
 
 
