@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.growing import grow, without_gpu
 from drm import branching, noise
 from drm.branching import branch_step, candidate_noise
 from drm.flow import schedule, velocity_from_denoised
@@ -153,39 +153,34 @@ def kernel_row(kernel, shape: tuple[int, ...], batch: int, k: int, rounds: int) 
     }
 
 
-def on_gpu(batches: list[int], rounds: int) -> dict:
-    """The kernel's table."""
+def on_gpu(batches: list[int], rounds: int) -> tuple[dict, Iterator[dict]]:
+    """The card, and the rows of the kernel's table as they come."""
     kernel = branching._kernel(torch.device("cuda", torch.cuda.current_device()))
     if kernel is None:
         raise SystemExit("the Triton kernel does not run on this GPU: the warning above says why")
     largest = copied(2 * 2**30, 2)
     in_turns({"copy": largest}, 3)
     copy_rate = 2 * 2**30 / statistics.median(in_turns({"copy": largest}, rounds)["copy"])
-    rows = []
-    for size, shape in LATENTS.items():
-        for batch in batches:
-            for k in BRANCHES:
-                row = {"size": size, **kernel_row(kernel, shape, batch, k, rounds)}
-                row["share_of_largest_copy"] = row["gigabytes_a_second"] * 1e9 / copy_rate
-                rows.append(row)
-                print(
-                    f"{size} batch {batch} k {k}: {row['gigabytes_a_second']:.0f} GB/s,"
-                    f" {row['share_of_equal_copy']:.2f} of an equal copy,"
-                    f" {row['share_of_largest_copy']:.2f} of the largest; the twin takes"
-                    f" {row['twin_over_kernel']:.1f} times as long"
-                )
-    return {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "copy_gigabytes_a_second": copy_rate / 1e9,
-        "rows": rows,
-    }
+
+    def rows() -> Iterator[dict]:
+        for (size, shape), batch, k in itertools.product(LATENTS.items(), batches, BRANCHES):
+            row = {"size": size, **kernel_row(kernel, shape, batch, k, rounds)}
+            row["share_of_largest_copy"] = row["gigabytes_a_second"] * 1e9 / copy_rate
+            print(
+                f"{size} batch {batch} k {k}: {row['gigabytes_a_second']:.0f} GB/s,"
+                f" {row['share_of_equal_copy']:.2f} of an equal copy,"
+                f" {row['share_of_largest_copy']:.2f} of the largest; the twin takes"
+                f" {row['twin_over_kernel']:.1f} times as long"
+            )
+            yield row
+
+    card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    return {**card, "copy_gigabytes_a_second": copy_rate / 1e9}, rows()
 
 
-def step_rows(models: Path, rounds: int) -> list[dict]:
+def step_rows(models: Path, rounds: int) -> Iterator[dict]:
     """branch_step against one plain step of the demo's generator, CFG included, on the CPU."""
     family, sigmas = load_family(models), schedule(CPU_STEPS, SHIFT)
-    rows = []
     for batch in (1, 8):
         denoise = guided_denoise(family.generator, family.tokenizer, ["a cat"] * batch, 4.5)
         x = initial_noise(list(range(batch)))
@@ -208,9 +203,8 @@ def step_rows(models: Path, rounds: int) -> list[dict]:
         for k in (1, 2, 4, 6):
             # Of means, because one step in several draws the noise of all.
             share = statistics.mean(taken[f"k = {k}"]) / statistics.median(taken["plain"])
-            rows.append({"batch": batch, "k": k, "share_of_plain_step": share})
             print(f"CPU, demo, batch {batch}, k = {k}: branching is {100 * share:.2f} % of a plain step")
-    return rows
+            yield {"batch": batch, "k": k, "share_of_plain_step": share}
 
 
 def torch_noise(shape: tuple[int, ...], batch: int, k: int) -> torch.Tensor:
@@ -221,9 +215,8 @@ def torch_noise(shape: tuple[int, ...], batch: int, k: int) -> torch.Tensor:
     return noise._normals(counters, torch.tensor([5]), item, branch, 3)
 
 
-def noise_rows(rounds: int) -> list[dict]:
+def noise_rows(rounds: int) -> Iterator[dict]:
     """The CPU's noise against plain torch's."""
-    rows = []
     for shape, batch, k in ((CPU_LATENT, 1, 1), (CPU_LATENT, 8, 4), (LATENTS["512x512"], 1, 4)):
 
         def here(shape=shape, batch=batch, k=k) -> torch.Tensor:
@@ -245,12 +238,11 @@ def noise_rows(rounds: int) -> list[dict]:
             "speedup": ratio(taken, "torch", "here"),
             "nanoseconds_a_normal": 1e9 * statistics.median(taken["here"]) / count,
         }
-        rows.append(row)
         print(
             f"CPU, noise of {shape}, batch {batch}, k = {k}: {row['nanoseconds_a_normal']:.1f} ns a normal,"
             f" {row['speedup']:.1f} times as fast as int64 in torch"
         )
-    return rows
+        yield row
 
 
 @torch.no_grad()
@@ -260,21 +252,20 @@ def main() -> None:
     parser.add_argument("--batches", type=argument(Count), nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=argument(Count), default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--gpu-only", action="store_true", help="leave the CPU's rows as they are")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(options.out.read_text()) if options.out.exists() else {}
-    found["cpu"] = {
-        "machine": platform.machine(),
-        "threads": 1,
-        "torch": torch.__version__,
-        "step": step_rows(options.models, options.rounds),
-        "noise": noise_rows(options.rounds),
-    }
+    if not options.gpu_only:
+        facts = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__}
+        step, noise = step_rows(options.models, options.rounds), noise_rows(options.rounds)
+        grow(options.out, "cpu", facts, step=step, noise=noise)
     if torch.cuda.is_available():
-        found["gpu"] = on_gpu(options.batches, options.rounds)
+        facts, rows = on_gpu(options.batches, options.rounds)
+        grow(options.out, "gpu", facts, rows=rows)
+    elif options.gpu_only:
+        parser.error("--gpu-only: torch sees no GPU here")
     else:
-        found.setdefault("gpu", "not measured: no GPU was at hand")
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+        without_gpu(options.out)
     print(f"written to {options.out}")
 
 

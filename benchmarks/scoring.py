@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.branching import in_turns, ratio
+from benchmarks.growing import grow, without_gpu
 from benchmarks.scoring_ways import (
     Case,
     clocked,
@@ -81,12 +81,9 @@ def profile(work: Callable[[], object]) -> dict[str, float]:
     return shares
 
 
-def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
-    """The demo's reward model on the CPU, in bfloat16."""
+def demo_rows(exact: DRM, half: DRM, prompts: int, rounds: int) -> Iterator[dict]:
+    """The demo's reward model on the CPU, in bfloat16 (exact: in float32)."""
     device = torch.device("cpu")
-    exact = load_drm(path).requires_grad_(False)
-    half = load_drm(path, dtype=torch.bfloat16).requires_grad_(False)
-    rows = []
     for k in BRANCHES:
         case = Case.draw(exact, prompts, k, 16, exact.metadata.get("text_length", 20), device)
         other = 2 if exact.backbone.config.patch_size > 2 else 4
@@ -95,13 +92,9 @@ def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
         works = ways(half, case) | tokens_ways(half, case, other)
         contestants = {name: clocked(work, device) for name, work in works.items()}
 
-        def autocast(case: Case = case) -> Tensor:
-            with bfloat16_autocast("cpu"):
-                return case.naive(exact)
-
         grid = exact.backbone.token_grid(16, 16)
         tokens = torch.randn(prompts * k, grid[0] * grid[1], exact.head.dim).bfloat16()
-        contestants["naive, autocast"] = clocked(autocast, device)
+        contestants["naive, autocast"] = clocked(lambda case=case: autocast(exact, case), device)
         contestants["head alone"] = clocked(
             lambda tokens=tokens, grid=grid: exact.head(tokens, *grid), device
         )
@@ -109,9 +102,19 @@ def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
             lambda case=case: half.prepare(0.5, case.embeds, case.pooled), device
         )
         in_turns(contestants, 1)
-        rows.append({"k": k, **row_of(in_turns(contestants, rounds), counted, prompts * k)})
-        tell(f"demo, k = {k}", rows[-1])
-    four = Case.draw(exact, prompts, 4, 16, 20, device)
+        row = {"k": k, **row_of(in_turns(contestants, rounds), counted, prompts * k)}
+        tell(f"demo, k = {k}", row)
+        yield row
+
+
+def autocast(drm: DRM, case: Case) -> Tensor:
+    with bfloat16_autocast("cpu"):
+        return case.naive(drm)
+
+
+def demo_facts(exact: DRM, half: DRM, prompts: int, rounds: int) -> dict:
+    """Four candidates a prompt: how many at once, what bfloat16 changes, where the time goes."""
+    four = Case.draw(exact, prompts, 4, 16, 20, torch.device("cpu"))
     prepared = [drm.prepare(0.5, four.embeds, four.pooled) for drm in (exact, half)]
     found = [
         (drm.score_prepared(four.latents, shared, four.item) - four.one_at_a_time(drm)).abs().max().item()
@@ -119,11 +122,10 @@ def demo_rows(path: Path, prompts: int, rounds: int) -> dict:
     ]
     return {
         "prompts": prompts,
-        "rows": rows,
         "candidates_at_once": parts_rows(half, four, rounds),
         "shared_minus_one_at_a_time": dict(zip(("float32", "bfloat16"), found, strict=True)),
         "profile": {
-            "naive, autocast": profile(autocast),
+            "naive, autocast": profile(lambda: autocast(exact, four)),
             "shared": profile(ways(half, four)["shared"]),
         },
     }
@@ -168,9 +170,11 @@ def random_drm(config: BackboneConfig, device: torch.device) -> DRM:
     return drm.requires_grad_(False).eval()
 
 
-def large_rows(config: BackboneConfig, sizes: dict[str, int], tokens: int, rounds: int, where: str) -> list:
+def large_rows(
+    config: BackboneConfig, sizes: dict[str, int], tokens: int, rounds: int, where: str
+) -> Iterator[dict]:
     """One prompt and k candidates at every size: times, operations a second and memory."""
-    device, rows = torch.device(where), []
+    device = torch.device(where)
     drm = random_drm(config, device)
     for (size, side), k in itertools.product(sizes.items(), BRANCHES):
         case = Case.draw(drm, 1, k, side, tokens, device)
@@ -195,11 +199,10 @@ def large_rows(config: BackboneConfig, sizes: dict[str, int], tokens: int, round
         }
         if device.type == "cuda":
             row["peak_bytes"] = {name: peak_memory(works[name]) for name in ("naive", "shared")}
-        rows.append(row)
         tell(f"{size}, k = {k}", row)
         shares = ", ".join(f"{name} {share:.2f}" for name, share in row["share_of_products"].items())
         print(f"  operations a second over the products': {shares}", flush=True)
-    return rows
+        yield row
 
 
 def main() -> None:
@@ -208,21 +211,26 @@ def main() -> None:
     parser.add_argument("--prompts", type=argument(Count), default=8)
     parser.add_argument("--rounds", type=argument(Count), default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--gpu-only", action="store_true", help="leave the CPU's rows as they are")
     args = parser.parse_args()
-    found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    found["cpu"] = {
-        "machine": platform.machine(),
-        **machine,
-        **demo_rows(args.model, args.prompts, args.rounds),
-    }
+    if not args.gpu_only:
+        exact = load_drm(args.model).requires_grad_(False)
+        half = load_drm(args.model, dtype=torch.bfloat16).requires_grad_(False)
+        facts = {
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            **demo_facts(exact, half, args.prompts, args.rounds),
+        }
+        grow(args.out, "cpu", facts, rows=demo_rows(exact, half, args.prompts, args.rounds))
     if torch.cuda.is_available():
+        facts = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
         rows = large_rows(sd35_medium_config(), SIZES, TEXT_TOKENS, args.rounds, "cuda")
-        found["gpu"] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        grow(args.out, "gpu", facts, rows=rows)
+    elif args.gpu_only:
+        parser.error("--gpu-only: torch sees no GPU here")
     else:
-        found.setdefault("gpu", "not measured: no GPU was at hand")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+        without_gpu(args.out)
     print(f"written to {args.out}")
 
 

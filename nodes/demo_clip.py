@@ -109,6 +109,14 @@ class DemoTokenizers(comfy.sd1_clip.SD1Tokenizer):
     def __init__(self, embedding_directory: object = None, tokenizer_data: dict | None = None) -> None:
         super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=DemoTokenizer)
 
+    def state_dict(self) -> dict:
+        """CLIP Save and Save Checkpoint ask for it. ValueError: no loader reads what they would write."""
+        raise ValueError(
+            "The demo's text encoder cannot be saved by ComfyUI: no node would load the file. Keep using"
+            " drm_demo_emoji_clip.safetensors with DRM Demo CLIP Loader, and save a changed MODEL alone with"
+            " ModelSave."
+        )
+
 
 class DemoEncoder(comfy.sd1_clip.SD1ClipModel):
     """The model ComfyUI's CLIP object holds."""

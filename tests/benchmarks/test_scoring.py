@@ -48,7 +48,7 @@ def test_the_gpu_s_table_on_a_cpu():
         pos_embed_max_size=24,
     )
     torch.compiler.reset()
-    rows = scoring.large_rows(config, {"64x64": 8}, 5, rounds=1, where="cpu")
+    rows = list(scoring.large_rows(config, {"64x64": 8}, 5, rounds=1, where="cpu"))
     assert [row["k"] for row in rows] == [2, 4, 6]
     for row in rows:
         assert row["minus_one_at_a_time"]["shared"] < 5e-3

@@ -124,3 +124,16 @@ def test_weights_that_do_not_belong_are_refused(inside, tmp_path):
     save_file(weights, path, metadata=header)
     with pytest.raises(ValueError, match="does not hold the weights its header describes"):
         inside.pack.module("nodes.demo_clip").load_demo_clip(str(path))
+
+
+@pytest.mark.parametrize("node", ["CLIPSave", "CheckpointSave"])
+def test_stock_saving_nodes_are_refused_before_they_write(inside, tmp_path, monkeypatch, node):
+    """Nothing would load what they write, a clone of the encoder (as Load LoRA makes) included."""
+    import comfy_extras.nodes_model_merging as stock
+
+    saver = getattr(stock, node)()
+    saver.output_dir = str(tmp_path)
+    models = {"model": inside.model, "vae": inside.vae} if node == "CheckpointSave" else {}
+    with pytest.raises(ValueError, match=r"cannot be saved by ComfyUI.*ModelSave"):
+        saver.save(clip=inside.clip.clone(), filename_prefix="x", **models)
+    assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,8 @@ def transformer():
 
     Frozen, as what is loaded is: torch may take other kernels for weights that ask for gradients.
     """
-    return tiny_transformer(192, 3, dual_attention_layers=(0, 2), joint_attention_dim=40).requires_grad_(False)
+    transformer = tiny_transformer(192, 3, dual_attention_layers=(0, 2), joint_attention_dim=40)
+    return transformer.requires_grad_(False)
 
 
 def comfy(transformer, dtype=torch.float32, prefix=PREFIX):
