@@ -25,8 +25,8 @@ from training.config import argument
 from training.demo.drawings import draw_way
 from training.demo.export import REWARD, Family, load_family
 from training.demo.judge import judge_pictures
-from training.loop import bfloat16_autocast
-from training.shards import replace_atomically
+from training.demo.loop import bfloat16_autocast
+from training.engine.files import replace_atomically
 
 DRAWINGS = 4
 WAY = ("final", 20, 1.5, 0.7, 0.9)

@@ -27,12 +27,12 @@ import torch
 from benchmarks.reward_training import memory
 from benchmarks.scoring import random_drm
 from drm.backbone import BackboneConfig, sd35_medium_config
-from drm.comfy_layout import to_comfy_layout
 from drm.ranges import Range
+from drm.sd3.comfy_layout import to_comfy_layout
 from tools.comfy_inside import Pack, load_pack
 from tools.comfy_server import ROOT
 from training.config import argument
-from training.shards import replace_atomically
+from training.engine.files import replace_atomically
 
 TINY = BackboneConfig(
     num_kept=1,

@@ -26,7 +26,7 @@ from training.demo.classifier import shrink
 from training.demo.data import STYLES, read_concepts
 from training.demo.export import Family
 from training.demo.judge import judge_pictures
-from training.loop import bfloat16_autocast
+from training.demo.loop import bfloat16_autocast
 
 BOOTSTRAPS = 2000
 ASKED, SAMPLE_SEED = 200, 5

@@ -26,12 +26,13 @@ import torch
 
 from benchmarks.reward_studies import CONFIG, QUARTERS, interval, margins
 from drm import load_drm
-from training import shards
 from training.config import LearningRate, argument
+from training.data import shards
+from training.data.shards import EncodedPairs
 from training.demo import data, text
 from training.demo.generator import load_generator
 from training.demo.pairs import Pool, make_pool, without_concepts
-from training.shards import EncodedPairs, replace_atomically
+from training.engine.files import replace_atomically
 
 SIZES, SEEDS = (10, 100, 1000), (0, 1, 2)
 BASE = "models/drm/drm_demo_emoji.safetensors"

@@ -26,9 +26,10 @@ import torch
 
 from drm import DRM, load_drm
 from drm.ranges import Count
-from training.batches import HeldOutBatches
 from training.config import argument
-from training.shards import EncodedPairs, replace_atomically
+from training.data.batches import HeldOutBatches
+from training.data.shards import EncodedPairs
+from training.engine.files import replace_atomically
 
 CONFIG = "training/configs/drm_demo.yaml"
 QUARTERS = 4

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from drm import DRM, load_drm, preference
 from drm.backbone import BackboneConfig, TruncatedSD3, sd35_medium_config
 from drm.head import ConvHead
-from training.batches import Batch, Mixture, Share, TrainingBatches
 from training.config import ModelConfig, Resolution, argument
-from training.network import make_trainable
-from training.saved_bytes import kept_for_backward
-from training.shards import EncodedPairs, replace_atomically
+from training.data.batches import Batch, Mixture, Share, TrainingBatches
+from training.data.shards import EncodedPairs
+from training.engine.files import replace_atomically
+from training.grpo.saved_bytes import kept_for_backward
+from training.reward.trainable import make_trainable
 
 GIB = 2**30
 # what is trained, gradient checkpointing, averaged weights; head alone keeps nothing of the backbone

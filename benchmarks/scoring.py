@@ -44,7 +44,7 @@ from drm.backbone import BackboneConfig, TruncatedSD3, sd35_medium_config
 from drm.head import ConvHead
 from drm.ranges import Count
 from training.config import argument
-from training.loop import bfloat16_autocast
+from training.demo.loop import bfloat16_autocast
 
 RESULTS = Path("benchmarks/results/scoring.json")
 DEMO = Path("models/drm/drm_demo_emoji.safetensors")

@@ -36,16 +36,15 @@ from benchmarks.judging import (
 )
 from drm import flow, grpo, stepwise
 from drm.grpo import GRPOSettings
-from drm.lora import save_lora
+from drm.lora import LORA_TARGETS, save_lora
 from drm.ranges import Count, Seed
-from training.batches import generator
 from training.config import LearningRate, argument
+from training.data.batches import generator
 from training.demo import data, text
 from training.demo.export import Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
-from training.loop import bfloat16_autocast
-from training.network import LORA_TARGETS
-from training.shards import replace_atomically
+from training.demo.loop import bfloat16_autocast
+from training.engine.files import replace_atomically
 
 HELD_OUT_EVERY = 8
 EVALUATED, SEEDS_EACH = 50, 4  # held-out prompts, pictures of each

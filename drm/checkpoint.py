@@ -3,9 +3,9 @@
 Safetensors metadata is text to text; ours is
     format   "drm-reward-model"
     version  "1"
-    header   JSON: architecture {backbone, head {kind, ...}}, sigma (convention), text_length, calibration,
-             shown (scale and offset of the score people see), sha256 of the weights, metadata (anything its
-             maker wrote)
+    header   JSON: architecture {backbone {kind, ...}, head {kind, ...}}, sigma (convention), text_length,
+             calibration, shown (scale and offset of the score people see), sha256 of the weights,
+             metadata (anything its maker wrote)
 The weights are `backbone.*` in any float dtype and `head.*` in float32. Older files may have `early_heads.*`
 too, which are not used. The file is written beside its target and renamed, so a reader never sees half of
 one.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .backbone import BackboneConfig, TruncatedSD3
+from .backbone import KIND, BackboneConfig, TruncatedSD3
 from .head import ConvHead, QueryHead
 from .model import DRM
 
@@ -101,7 +101,7 @@ def save_drm(
         key: value.detach().to("cpu", dtype if key.startswith("backbone.") else None).contiguous()
         for key, value in drm.state_dict().items()
     }
-    architecture = {"backbone": drm.backbone.config.to_dict(), "head": drm.head.to_dict()}
+    architecture = {"backbone": {"kind": KIND, **drm.backbone.config.to_dict()}, "head": drm.head.to_dict()}
     header = {
         "architecture": architecture,
         "sigma": SIGMA_CONVENTION,
@@ -211,6 +211,10 @@ def _build(name: str, architecture: dict) -> DRM:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in architecture["backbone"].items()
         }
+        # Files from before the field had a name for it are SD3's.
+        kind = backbone.pop("kind", KIND)
+        if kind != KIND:
+            raise ValueError(f"its backbone is of kind {kind!r}, known is {KIND!r}; update ComfyUI-DRM")
         with torch.device("meta"):
             return DRM(TruncatedSD3(BackboneConfig(**backbone)), _build_head(architecture["head"]))
     except (TypeError, KeyError, ValueError, AttributeError) as error:

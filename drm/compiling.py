@@ -26,7 +26,7 @@ Run = Callable[[Compiled | None], Tensor]
 
 def compile_step(backend: str = "inductor") -> Compiled:
     """A block's step, compiled; blocks of one structure share the result."""
-    from .joint_block import step
+    from .sd3.joint_block import step
 
     # Three structures of block for every shape are more than the eight variants dynamo allows by itself.
     dynamo = torch._dynamo.config

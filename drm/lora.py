@@ -34,6 +34,8 @@ _PARTS = {
     ("context_block", "qkv"): ("add_q_proj", "add_k_proj", "add_v_proj"),
     ("context_block", "proj"): ("to_add_out",),
 }
+# The layers by their names inside an attention of diffusers.
+LORA_TARGETS = tuple(name for names in _PARTS.values() for name in names)
 
 
 class LoRAFileError(ValueError):

@@ -106,12 +106,38 @@ def test_rule_sees_a_breach(package: tuple[str, ...], source: str):
         (("drm",), "import torch\nfrom .flow import add_noise\nfrom . import flow"),
         (
             ("training", "demo"),
-            "from drm import flow\nfrom training.loop import train\nfrom ..loop import train",
+            "from drm import flow\nfrom training.demo.loop import train\nfrom ..loop import train",
         ),
     ],
 )
 def test_rule_lets_the_rest_pass(package: tuple[str, ...], source: str):
     assert violations(source, package) == []
+
+
+# Rooms of training/, each with those it may use besides itself; commands at the top use all of them.
+ROOMS = {
+    "engine": set(),
+    "data": {"engine"},
+    "reward": {"engine", "data"},
+    "evaluation": {"engine", "data"},
+    "grpo": {"engine", "data", "evaluation"},
+}
+
+
+def test_rooms_of_training_have_no_way_back():
+    found = []
+    for room, others in ROOMS.items():
+        for path in source_files(f"training/{room}"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "training":
+                    used = (node.module.split(".") + [alias.name for alias in node.names])[1]
+                    if used not in others | {room, "config"}:
+                        found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {room} may not use {used}")
+    assert found == []
+    assert {path.name for path in (ROOT / "training").iterdir() if (path / "__init__.py").exists()} == {
+        *ROOMS,
+        "demo",
+    }
 
 
 def words(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -158,7 +184,7 @@ def test_importing_drm_brings_in_torch_at_most():
         import sys
         sys.path.append({str(ROOT)!r})
         import drm, drm.flow, drm.sde, drm.branching, drm.stepwise, drm.preference, drm.head, drm.model
-        import drm.backbone, drm.checkpoint, drm.comfy_layout
+        import drm.backbone, drm.checkpoint, drm.sd3.comfy_layout
         print(*sorted({{name.split(".")[0] for name in sys.modules}}))
     """).split()
     assert "torch" in loaded

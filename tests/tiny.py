@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from drm import DRM, save_drm
 from drm.backbone import backbone_from_transformer
-from drm.comfy_layout import PREFIX, to_comfy_layout
 from drm.head import ConvHead
+from drm.sd3.comfy_layout import PREFIX, to_comfy_layout
 
 TEXT_LENGTH = 20
 LATENT_CHANNELS = 16

@@ -29,12 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from training import shards
-from training.checkpoints import why_not_written
 from training.config import ConfigError, DRMConfig, EncodeConfig, read_config
-from training.decode_ahead import WorkerDied, decode_ahead
-from training.encode_cost import Cost, rate_of, row_bytes, summary
-from training.encode_plan import (
+from training.data import shards
+from training.data.decode_ahead import WorkerDied, decode_ahead
+from training.data.encode_cost import Cost, rate_of, row_bytes, summary
+from training.data.encode_plan import (
     Plan,
     PlanError,
     Shards,
@@ -45,9 +44,10 @@ from training.encode_plan import (
     prompt_shard_size,
     source_names,
 )
-from training.encoders import EncoderError, SD3Encoders
-from training.readers import ReaderError
-from training.runs import TrainingError, only_run_in
+from training.data.encoders import EncoderError, SD3Encoders
+from training.data.readers import ReaderError
+from training.engine.checkpoints import why_not_written
+from training.engine.run import TrainingError, only_run_in
 
 PATIENCE = datetime.timedelta(hours=12)  # how long processes wait for the one that reads the sources
 

@@ -1,11 +1,11 @@
-"""The paper's accuracy table for one or several reward models, beside any rival scorer.
+"""The paper's accuracy table for one or several reward models, beside any baseline scorer.
 
     python -m training.evaluate --config training/configs/evaluate.yaml --models a.safetensors b.safetensors
-    python -m training.evaluate --config ... --rival PickScore=pickscore:models/PickScore_v1 --paper
+    python -m training.evaluate --config ... --baseline PickScore=pickscore:models/PickScore_v1 --paper
     python -m training.evaluate --config ... --sigma 0 0.25 0.5 0.75 --out runs/by_sigma
 
 Columns: ImageReward, PickScore in its three forms, HPDv2 and HPDv3, each counted as it was published
-(training/protocols.py) with 95 % bootstrap intervals; a test set that is not given or not there is a "-".
+(evaluation/protocols.py) with 95 % bootstrap intervals; a test set that is not given or not there is a "-".
 Pictures are encoded to latents at `resolution`, clean or noised to each sigma, prompts as long as each
 model's header says. In --out:
 
@@ -29,13 +29,13 @@ import torch
 from drm import DRMFileError, load_drm
 from drm.checkpoint import read_header
 from drm.ranges import Count, Range, Seed, Share
-from training import benchmarks, evaluation_report, protocols, rivals, scoring
-from training.benchmarks import COLUMNS, BenchmarkError, BenchmarksConfig
 from training.config import ConfigError, Resolution, Workers, argument, check_numbers, read_config
-from training.readers import Ranking, ReaderError
+from training.data.readers import Ranking, ReaderError
+from training.evaluation import accuracy_table, baselines, picture_scores, protocols, test_sets
+from training.evaluation.test_sets import COLUMNS, BenchmarkError, BenchmarksConfig
 
 if TYPE_CHECKING:
-    from training.encoders import SD3Encoders
+    from training.data.encoders import SD3Encoders
 
 VERSION = 1
 
@@ -46,14 +46,14 @@ class EvaluationError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`encoders`: a diffusers SD3 folder (for `models`). `rivals`: name to clip:FOLDER, pickscore:FOLDER or
-    module:function. `bad_rows`: share of a test set that may be unusable.
+    """`encoders`: a diffusers SD3 folder (for `models`). `baselines`: name to clip:FOLDER, pickscore:FOLDER
+    or module:function. `bad_rows`: share of a test set that may be unusable.
     """
 
     version: Annotated[int, Range(1, VERSION)]
     benchmarks: BenchmarksConfig
     models: tuple[str, ...] = ()
-    rivals: dict[str, str] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, str] = dataclasses.field(default_factory=dict)
     encoders: str | None = None
     out: str = "runs/evaluation"
     sigmas: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75)
@@ -79,11 +79,11 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict:
     """Scores what is not scored yet, counts, writes --out and returns the report (evaluation.json)."""
-    rankings, reports = benchmarks.read_benchmarks(config.benchmarks, config.bad_rows)
+    rankings, reports = test_sets.read_benchmarks(config.benchmarks, config.bad_rows)
     device = _device(config.device)
     scorers, encoders, facts = load_scorers(config, device)
-    jobs = scoring.jobs_of(ranking for ones in rankings.values() for ranking in ones)
-    books, bad = scoring.score_all(
+    jobs = picture_scores.jobs_of(ranking for ones in rankings.values() for ranking in ones)
+    books, bad = picture_scores.score_all(
         jobs,
         scorers,
         Path(config.out) / "scores",
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         workers=config.workers,
     )
     digests = {job.key: job.digest for job in jobs}
-    rankings = benchmarks.drop_unscored(
+    rankings = test_sets.drop_unscored(
         rankings, reports, lambda prompt, picture: bad.get(digests[prompt, picture.key])
     )
     for report in reports.values():
@@ -105,14 +105,14 @@ def evaluate(config: EvaluateConfig) -> dict:
         for sigma in scorer.sigmas
         for result in count_all(config, rankings, scorer.name, sigma, books[scorer.name], digests)
     ]
-    tree = evaluation_report.build(
+    tree = accuracy_table.build(
         config=dataclasses.asdict(config),
         scorers=facts,
         reports=reports,
         results=results,
-        files=benchmarks.files_of(config.benchmarks),
+        files=test_sets.files_of(config.benchmarks),
     )
-    evaluation_report.write(tree, Path(config.out))
+    accuracy_table.write(tree, Path(config.out))
     return tree
 
 
@@ -121,7 +121,7 @@ def count_all(
     rankings: dict[str, list[Ranking]],
     name: str,
     sigma: float | None,
-    book: scoring.Scores,
+    book: picture_scores.Scores,
     digests: dict[tuple[str, str], str],
 ) -> list[dict]:
     """One result for each column whose test sets are there."""
@@ -134,7 +134,7 @@ def count_all(
         if not all(rankings.get(benchmark) for benchmark in needed):
             continue
         try:
-            credits, threshold = benchmarks.count(column, rankings, score)
+            credits, threshold = test_sets.count(column, rankings, score)
         except protocols.ProtocolError as error:
             raise EvaluationError(f"{column}: {error}") from error
         low, high = protocols.bootstrap_interval(credits, resamples=config.resamples, seed=config.seed)
@@ -166,35 +166,35 @@ def model_names(paths: Sequence[str]) -> list[str]:
 
 def load_scorers(
     config: EvaluateConfig, device: torch.device
-) -> tuple[list[scoring.Scorer], SD3Encoders | None, list[dict]]:
-    """Models and rivals, the encoders when there are models, and the facts about each for the report."""
+) -> tuple[list[picture_scores.Scorer], SD3Encoders | None, list[dict]]:
+    """Models and baselines, the encoders when there are models, and the facts about each for the report."""
     names = model_names(config.models)
-    if not names and not config.rivals:
-        raise EvaluationError("there is nothing to evaluate: give --models, --rival, or both")
+    if not names and not config.baselines:
+        raise EvaluationError("there is nothing to evaluate: give --models, --baseline, or both")
     for name in names:
-        if [*names, *config.rivals].count(name) > 1:
-            raise EvaluationError(f"two scorers are called {name}: rename a file or a rival")
+        if [*names, *config.baselines].count(name) > 1:
+            raise EvaluationError(f"two scorers are called {name}: rename a file or a baseline")
     if config.models and config.encoders is None:
         raise EvaluationError("models need `encoders`, a diffusers SD3 folder with VAE and text encoders")
     headers = [read_header(path) for path in config.models]  # before anything large is read
-    functions = {name: rivals.load_rival(spec, str(device)) for name, spec in config.rivals.items()}
+    functions = {name: baselines.load_baseline(spec, str(device)) for name, spec in config.baselines.items()}
     dtype = _dtype(config.dtype, device)
     encoders = _load_encoders(config, device, dtype) if config.models else None
-    scorers: list[scoring.Scorer] = []
+    scorers: list[picture_scores.Scorer] = []
     facts: list[dict] = []
     for name, path, header in zip(names, config.models, headers, strict=True):
         scorer, fact = _model_scorer(config, name, path, header, encoders)
         scorers.append(scorer)
         facts.append(fact)
     for name, function in functions.items():
-        mark = rivals.fingerprint(config.rivals[name])
-        scorers.append(scoring.RivalScorer(name=name, fingerprint=mark, function=function))
-        facts.append({"name": name, "kind": "rival", "spec": config.rivals[name], "fingerprint": mark})
+        mark = baselines.fingerprint(config.baselines[name])
+        scorers.append(picture_scores.BaselineScorer(name=name, fingerprint=mark, function=function))
+        facts.append({"name": name, "kind": "baseline", "spec": config.baselines[name], "fingerprint": mark})
     return scorers, encoders, facts
 
 
 def _load_encoders(config: EvaluateConfig, device: torch.device, dtype: torch.dtype) -> SD3Encoders:
-    from training.encoders import EncoderError, SD3Encoders
+    from training.data.encoders import EncoderError, SD3Encoders
 
     try:
         encoders = SD3Encoders.from_folder(config.encoders, device=device, dtype=dtype)
@@ -208,13 +208,13 @@ def _load_encoders(config: EvaluateConfig, device: torch.device, dtype: torch.dt
 
 def _model_scorer(
     config: EvaluateConfig, name: str, path: str, header: dict, encoders: SD3Encoders
-) -> tuple[scoring.ModelScorer, dict]:
+) -> tuple[picture_scores.ModelScorer, dict]:
     (clip_length, _) = encoders.prompt_shapes(())["clip"]
-    t5_length = scoring.t5_length(header.get("text_length"), clip_length)
-    sha256, encoded_by = benchmarks.file_sha256(Path(path)), _encoders_fingerprint(encoders)
+    t5_length = picture_scores.t5_length(header.get("text_length"), clip_length)
+    sha256, encoded_by = test_sets.file_sha256(Path(path)), _encoders_fingerprint(encoders)
     dtype = str(encoders.dtype).removeprefix("torch.")
     how = [sha256, encoded_by, t5_length, config.resolution, config.seed, dtype, encoders.device.type]
-    scorer = scoring.ModelScorer(
+    scorer = picture_scores.ModelScorer(
         name=name,
         fingerprint=hashlib.sha256(json.dumps([*how, torch.__version__]).encode()).hexdigest(),
         model=load_drm(path, device=encoders.device, dtype=encoders.dtype),
@@ -256,11 +256,11 @@ def _encoders_fingerprint(encoders: SD3Encoders) -> str:
     return hashlib.sha256(json.dumps([encoders.describe()["hash"], times]).encode()).hexdigest()
 
 
-def _rival(text: str) -> tuple[str, str]:
+def _baseline(text: str) -> tuple[str, str]:
     name, sign, spec = text.partition("=")
     if not (name and sign and spec):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no rival: write NAME=clip:FOLDER or NAME=module:function"
+            f"{text!r} is no baseline: write NAME=clip:FOLDER or NAME=module:function"
         )
     return name, spec
 
@@ -269,7 +269,7 @@ def _read(args: argparse.Namespace) -> EvaluateConfig:
     config = read_config(args.config, EvaluateConfig, args.settings)
     changes = {
         "models": None if args.models is None else tuple(args.models),
-        "rivals": {**config.rivals, **dict(args.rival)} if args.rival else None,
+        "baselines": {**config.baselines, **dict(args.baseline)} if args.baseline else None,
         "sigmas": None if args.sigma is None else tuple(args.sigma),
         "encoders": args.encoders,
         "out": args.out,
@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--encoders", metavar="FOLDER", help="diffusers SD3 folder: VAE, text encoders, tokenizers"
     )
-    parser.add_argument("--rival", action="append", default=[], type=_rival, metavar="NAME=SPEC")
+    parser.add_argument("--baseline", action="append", default=[], type=_baseline, metavar="NAME=SPEC")
     parser.add_argument(
         "--sigma", nargs="+", type=argument(Share), metavar="S", help="noise levels, 0 (clean) to 1"
     )
@@ -297,16 +297,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _read(args)
         tree = evaluate(config)
-        table = evaluation_report.table(tree, paper=args.paper)
-        evaluation_report.write_text(Path(config.out) / "table.md", table)
+        table = accuracy_table.table(tree, paper=args.paper)
+        accuracy_table.write_text(Path(config.out) / "table.md", table)
     except (
         ConfigError,
         ReaderError,
         DRMFileError,
         BenchmarkError,
         EvaluationError,
-        rivals.RivalError,
-        scoring.ScoringError,
+        baselines.BaselineError,
+        picture_scores.ScoringError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -26,9 +26,9 @@ from torch import Tensor
 from drm import DRM, DRMFileError, save_drm
 from drm.backbone import first_difference
 from drm.head import QueryHead
+from drm.sd3.base_model import BaseError, load_backbone
 from drm.text_files import EncodingError, read_text
-from training.base import BaseError, load_backbone
-from training.dina_adapter import (
+from training.reward.dina_adapter import (
     ReleaseError,
     load_pickle,
     merge_adapter,
@@ -69,7 +69,7 @@ class Release:
 def import_dina(base: Path, release: Path, out: Path, dtype: torch.dtype = torch.float32) -> DRM:
     """Writes the imported model to out, its backbone in dtype, and returns it in float32.
 
-    Raises ReleaseError, training.base.BaseError or drm.DRMFileError; then out is as it was.
+    Raises ReleaseError, drm.sd3.base_model.BaseError or drm.DRMFileError; then out is as it was.
     """
     if out.suffix != ".safetensors":
         raise ReleaseError(f"{out.name}: reward models are saved as .safetensors, choose such a name")

@@ -19,12 +19,12 @@ import argparse
 from pathlib import Path
 
 from drm import DRMFileError
-from training import checkpoints
-from training.base import BaseError
+from drm.sd3.base_model import BaseError
 from training.config import ConfigError, DRMConfig, read_config
-from training.reward_trainer import Trainer
-from training.runs import TrainingError, run_to_the_end
-from training.shards import ShardError
+from training.data.shards import ShardError
+from training.engine import checkpoints
+from training.engine.run import TrainingError, run_to_the_end
+from training.reward.reward_trainer import Trainer
 
 ERRORS = (
     ConfigError,

@@ -3,7 +3,7 @@
     python -m training.train_step_grpo --config training/configs/step_grpo_sd35_medium.yaml
     accelerate launch --config_file training/configs/accelerate_8gpu.yaml -m training.train_step_grpo ...
 
-drm/grpo.py has the algorithm, training/grpo/trainer.py the run. Prompts and noise are a function of (seed,
+drm/grpo.py has the algorithm, grpo/step_grpo_trainer.py the run. Prompts and noise are a function of (seed,
 iteration), so the run is the same for any number of processes, and one that was killed goes on from its last
 checkpoint as if it had not been: start the same command again. In train.out:
 
@@ -19,15 +19,15 @@ from pathlib import Path
 
 from drm import DRMFileError
 from drm.lora import LoRAFileError
-from training import checkpoints
-from training.base import BaseError
+from drm.sd3.base_model import BaseError
 from training.config import ConfigError
-from training.decoders import DecoderError
-from training.grpo.config import read_step_grpo
-from training.grpo.trainer import Trainer
-from training.prompts import PromptError
-from training.rivals import RivalError
-from training.runs import TrainingError, run_to_the_end
+from training.data.decoders import DecoderError
+from training.data.prompt_cache import PromptError
+from training.engine import checkpoints
+from training.engine.run import TrainingError, run_to_the_end
+from training.evaluation.baselines import BaselineError
+from training.grpo.step_grpo_config import read_step_grpo
+from training.grpo.step_grpo_trainer import Trainer
 
 ERRORS = (
     ConfigError,
@@ -36,7 +36,7 @@ ERRORS = (
     DRMFileError,
     LoRAFileError,
     DecoderError,
-    RivalError,
+    BaselineError,
     TrainingError,
     checkpoints.CheckpointError,
 )

@@ -8,8 +8,8 @@ from benchmarks import personal_taste, reward_studies, reward_training
 from drm.backbone import sd35_medium_config
 from tests.tiny import tiny_drm
 from tests.training.encoded import write_encoded
-from training.batches import HeldOutBatches
-from training.shards import EncodedPairs
+from training.data.batches import HeldOutBatches
+from training.data.shards import EncodedPairs
 
 
 def test_an_interval_resamples_groups_and_models():

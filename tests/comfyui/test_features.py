@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drm.sd3.base_model import load_backbone
 from tests.comfyui.features import comfy_image_tokens, comfy_network
 from tests.tiny import build_demo_family
-from training.base import load_backbone
 
 
 @pytest.fixture(scope="module")

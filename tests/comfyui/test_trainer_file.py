@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drm.comfy_layout import from_comfy_layout
+from drm.sd3.comfy_layout import from_comfy_layout
 from tests.comfyui.test_trainer import output  # noqa: F401
 from tests.comfyui.training_graphs import files, train
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from drm.comfy_layout import to_comfy_layout
+from drm.sd3.comfy_layout import to_comfy_layout
 from tests.comfyui.inside import write_lora
 from tests.comfyui.test_trainer import output  # noqa: F401
 from tests.comfyui.training_graphs import files, train

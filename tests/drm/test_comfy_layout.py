@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drm.comfy_layout import PREFIX, from_comfy_layout, to_comfy_layout
+from drm.sd3.comfy_layout import PREFIX, from_comfy_layout, to_comfy_layout
 from tests.tiny import tiny_transformer
 
 USED = (

@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers.models import attention
 
-from drm import DRM, joint_block
+from drm import DRM
 from drm.backbone import BackboneConfig, Features, TruncatedSD3
 from drm.head import ConvHead, QueryHead
+from drm.sd3 import joint_block
 from tests.tiny import randomise
 
 SHAPE = {

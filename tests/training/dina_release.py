@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from drm.comfy_layout import to_comfy_layout
+from drm.sd3.comfy_layout import to_comfy_layout
 from tests.tiny import tiny_transformer
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -7,11 +7,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from drm.comfy_layout import PREFIX, to_comfy_layout
+from drm.sd3.comfy_layout import PREFIX, to_comfy_layout
 from tests.tiny import tiny_transformer
-from training import shards
 from training.config import DataConfig, DRMConfig, ModelConfig, TrainConfig
-from training.grpo.config import StepGRPOConfig
+from training.data import shards
+from training.grpo.step_grpo_config import StepGRPOConfig
 
 LATENT = (16, 4, 4)
 

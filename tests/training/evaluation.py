@@ -6,8 +6,8 @@ from drm import save_drm
 from tests.tiny import tiny_drm
 from tests.training.preference_fixtures import make_fixtures
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH
-from training.benchmarks import FORMATS
 from training.evaluate import main
+from training.evaluation.test_sets import FORMATS
 
 
 def write_test_sets(folder):

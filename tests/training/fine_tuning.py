@@ -7,7 +7,8 @@ from PIL import Image
 
 from drm.grpo import GRPOSettings
 from tests.tiny import build_demo_family
-from training.grpo.config import (
+from training.data.prompt_cache import write_prompts
+from training.grpo.step_grpo_config import (
     HeldOutConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -15,7 +16,6 @@ from training.grpo.config import (
     RolloutConfig,
     StepGRPOConfig,
 )
-from training.prompts import write_prompts
 
 WIDTH, TOKENS = 128, 5
 TRAIN = [f"a {word} thing" for word in ("red", "green", "blue", "round", "flat", "old", "new")]
@@ -43,7 +43,7 @@ def write_family(folder: Path) -> None:
 
 
 def redness(prompt: str, pictures: list[Image.Image]) -> list[float]:
-    """A rival: how red a picture is."""
+    """A baseline: how red a picture is."""
     return [sum(picture.resize((1, 1)).getpixel((0, 0))[:1]) / 255 for picture in pictures]
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from training.config import DRMConfig
-from training.grpo.config import StepGRPOConfig
+from training.grpo.step_grpo_config import StepGRPOConfig
 
 Config = DRMConfig | StepGRPOConfig
 TRAINERS = {DRMConfig: "training.train_drm", StepGRPOConfig: "training.train_step_grpo"}

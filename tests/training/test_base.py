@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from drm import save_drm
 from drm.backbone import backbone_from_transformer
-from drm.comfy_layout import PREFIX, to_comfy_layout
+from drm.sd3.base_model import BaseError, load_backbone, load_transformer
+from drm.sd3.comfy_layout import PREFIX, to_comfy_layout
 from tests.tiny import tiny_drm, tiny_transformer
-from training.base import BaseError, load_backbone, load_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -108,7 +108,7 @@ def test_half_precision_files(transformer, bases, name):
 @pytest.mark.parametrize("name", ["with_vae.safetensors", "several"])
 def test_only_what_is_kept_is_read(bases, name, monkeypatch):
     """Of three blocks one is kept, without its unused text output: that much is read, and nothing twice."""
-    import training.base as module
+    import drm.sd3.base_model as module
 
     read, original = [], module._open
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.training.encoded import write_encoded
-from training.batches import HeldOutBatches, Mixture, Share, TrainingBatches, generator
-from training.shards import EncodedPairs, ShardError
+from training.data.batches import HeldOutBatches, Mixture, Share, TrainingBatches, generator
+from training.data.shards import EncodedPairs, ShardError
 
 
 @pytest.fixture(scope="module")

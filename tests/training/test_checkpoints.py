@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.tiny import tiny_drm
 from tests.training.processes import CONTEXT, TIMEOUT, free_port
-from training import checkpoints
+from training.engine import checkpoints
 
 
 def make(share_out: bool) -> tuple:

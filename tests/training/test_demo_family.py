@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.decoders import autoencoder_from_taesd
+from training.data.decoders import autoencoder_from_taesd
 from training.demo import text
 from training.demo.data import STYLES, read_concepts
 from training.demo.drawings import MIXED, MIXED_UP_TO, augmented, draw_mixed, draw_way, mixtures

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 
 from tests.training.preference_fixtures import make_fixtures, tile
 from tests.training.sd3_folder import build_pipeline
-from training import shards
 from training.config import DRMConfig, EncodeConfig, SourceConfig, read_config
+from training.data import shards
+from training.data.encode_cost import summary
+from training.data.encode_plan import PlanError
+from training.data.encoders import SD3Encoders, prepare_picture
+from training.data.readers import ReaderError, Report, read_pairs
 from training.encode import EncodeError, encode, main
-from training.encode_cost import summary
-from training.encode_plan import PlanError
-from training.encoders import SD3Encoders, prepare_picture
-from training.readers import ReaderError, Report, read_pairs
 
 # A server that has imported the encoders once makes each process cheap.
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from training import shards
 from training.config import ConfigError, EncodeConfig, SourceConfig
-from training.encode_cost import Cost, forecast, row_bytes
-from training.encode_plan import Shards, check, is_held_out, prompt_shard_size, source_names
+from training.data import shards
+from training.data.encode_cost import Cost, forecast, row_bytes
+from training.data.encode_plan import Shards, check, is_held_out, prompt_shard_size, source_names
 
 
 def test_forecast_scales_what_was_measured():

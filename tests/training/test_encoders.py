@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.training.preference_fixtures import tile
 from tests.training.sd3_folder import build_pipeline
-from training.encoders import EncoderError, SD3Encoders, prepare_picture
+from training.data.encoders import EncoderError, SD3Encoders, prepare_picture
 
 PROMPTS = ["a cat on the moon, noto style", "sample 3", "house " * 200]
 

@@ -17,12 +17,12 @@ from tests.training.evaluation import write_config, write_drm, write_test_sets
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
 from tests.training.tiny_clip import write_tiny_clip
 from training import evaluate
-from training.benchmarks import FORMATS, drop_unscored, source_of
 from training.config import read_config
-from training.encoders import SD3Encoders
+from training.data.encoders import SD3Encoders
+from training.data.readers import Picture, Ranking, Report, read_rankings
 from training.evaluate import EvaluateConfig, main
-from training.readers import Picture, Ranking, Report, read_rankings
-from training.scoring import prompt_noise, t5_length
+from training.evaluation.picture_scores import prompt_noise, t5_length
+from training.evaluation.test_sets import FORMATS, drop_unscored, source_of
 
 ROWS = {"imagereward": 3, "pickapic_test": 7, "pickapic_test_unique": 4, "pickapic_validation_unique": 3}
 ROWS |= {"hpdv2": 3, "hpdv3": 4}
@@ -44,7 +44,7 @@ def rankings_of(config, name):
 
 
 def accuracies(config, score):
-    """Every column straight from its definition, pair by pair, without training.protocols."""
+    """Every column straight from its definition, pair by pair, without training.evaluation.protocols."""
 
     @functools.cache
     def scored(name):
@@ -87,9 +87,9 @@ def accuracies(config, score):
     return found, threshold
 
 
-def test_a_rival_through_the_command(data, clip, tmp_path, capsys):
+def test_a_baseline_through_the_command(data, clip, tmp_path, capsys):
     config = write_config(tmp_path, data)
-    assert main(["--config", config, "--rival", f"Tiny=pickscore:{clip}", "--paper"]) == 0
+    assert main(["--config", config, "--baseline", f"Tiny=pickscore:{clip}", "--paper"]) == 0
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     assert (out / "table.md").read_text() == printed.rstrip("\n") + "\n"
@@ -123,7 +123,7 @@ def test_a_rival_through_the_command(data, clip, tmp_path, capsys):
 
 def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path, data, benchmarks={"hpdv2": {"path": str(data / "hpdv2" / "test.json")}})
-    arguments = ["--config", config, "--rival", f"Tiny=clip:{clip}"]
+    arguments = ["--config", config, "--baseline", f"Tiny=clip:{clip}"]
     assert main(arguments) == 0
     whole = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
     (book,) = (tmp_path / "out" / "scores").glob("Tiny-*.jsonl")
@@ -132,7 +132,7 @@ def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, m
     # As if killed in the middle of a line of the third batch.
     book.write_bytes(b"".join(lines[:12]) + lines[12][:20])
     calls = []
-    original = evaluate.rivals.load_rival
+    original = evaluate.baselines.load_baseline
 
     def counting(spec, device):
         function = original(spec, device)
@@ -143,7 +143,7 @@ def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, m
 
         return score
 
-    monkeypatch.setattr(evaluate.rivals, "load_rival", counting)
+    monkeypatch.setattr(evaluate.baselines, "load_baseline", counting)
     assert main(arguments) == 0
     assert sum(calls) == 27 - 10  # two whole batches of five were there
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"] == whole
@@ -157,15 +157,15 @@ def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, m
 def test_stopped_by_hand_and_gone_on(data, tmp_path, capsys, monkeypatch):
     calls = []
 
-    def rival(prompt, pictures):
+    def baseline(prompt, pictures):
         calls.append(len(pictures))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return [hash((prompt, picture.tobytes())) % 1000 for picture in pictures]
 
-    monkeypatch.setattr(evaluate.rivals, "load_rival", lambda spec, device: rival)
+    monkeypatch.setattr(evaluate.baselines, "load_baseline", lambda spec, device: baseline)
     config = write_config(tmp_path, data, benchmarks={"hpdv2": {"path": str(data / "hpdv2" / "test.json")}})
-    arguments = ["--config", config, "--rival", "Own=some_module:score"]
+    arguments = ["--config", config, "--baseline", "Own=some_module:score"]
     assert main(arguments) == 130
     assert "goes on from here" in capsys.readouterr().err
     assert main(arguments) == 0
@@ -204,7 +204,7 @@ def test_reward_models_through_the_command(data, encoders, clip, tmp_path, capsy
         config,
         "--models",
         *models,
-        "--rival",
+        "--baseline",
         f"Tiny=clip:{clip}",
         "--sigma",
         "0",

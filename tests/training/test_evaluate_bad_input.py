@@ -17,7 +17,7 @@ from tests.training.evaluation import fails, write_config, write_drm, write_test
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
 from tests.training.tiny_clip import write_tiny_clip
 from training.evaluate import main
-from training.scoring import Lines
+from training.evaluation.picture_scores import Lines
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,10 @@ def test_latents_of_another_family(data, encoders, tmp_path, capsys):
 
 def test_test_sets_that_are_not_there_or_broken(data, clip, tmp_path, capsys):
     hpdv3 = {"path": str(data / "hpdv3" / "test.json")}
-    rival = ["--rival", f"Tiny=clip:{clip}"]
+    baseline = ["--baseline", f"Tiny=clip:{clip}"]
 
     def config(**sets):
-        return ["--config", write_config(tmp_path, data, benchmarks=sets), *rival]
+        return ["--config", write_config(tmp_path, data, benchmarks=sets), *baseline]
 
     assert main(config(hpdv3=hpdv3, hpdv2={"path": str(tmp_path / "test.json")})) == 0
     printed = capsys.readouterr()
@@ -127,4 +127,6 @@ def test_a_full_disk_is_one_line(data, clip, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
     monkeypatch.setattr(Lines, "append", full)
-    fails(["--config", write_config(tmp_path, data), "--rival", f"Tiny=clip:{clip}"], capsys, "No space left")
+    fails(
+        ["--config", write_config(tmp_path, data), "--baseline", f"Tiny=clip:{clip}"], capsys, "No space left"
+    )

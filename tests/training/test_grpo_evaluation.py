@@ -10,10 +10,10 @@ from drm import flow
 from tests.tiny import build_demo_family
 from tests.training.fine_tuning import make_config
 from tests.training.sd3_folder import _vae
-from training.decoders import DecoderError, load_decoder
+from training.data.decoders import DecoderError, load_decoder
 from training.demo import rival
 from training.grpo.cost import forecast, kept, meta_policy
-from training.grpo.evaluation import diversity, draw, grid
+from training.grpo.held_out_prompts import diversity, draw, grid
 
 MODELS = Path(__file__).parents[2] / "models"
 

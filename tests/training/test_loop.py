@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.loop import LoopConfig, learning_rate_at, train
+from training.demo.loop import LoopConfig, learning_rate_at, train
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.01, warmup=3, decay=0.1, ema=0.9, save_every=4, log_every=1)
 

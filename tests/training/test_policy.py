@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from drm.lora import LoRAFileError
+from drm.sd3.base_model import load_transformer
 from tests.tiny import build_demo_family
-from training.base import load_transformer
-from training.grpo.config import PolicyConfig
-from training.grpo.policy import Policy, build_policy
+from training.grpo.diffusers_policy import Policy, build_policy
+from training.grpo.step_grpo_config import PolicyConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.fine_tuning import embed
 from tests.training.sd3_folder import build_pipeline
-from training.encoders import SD3Encoders
-from training.grpo.config import PromptsConfig
-from training.prompts import PromptError, find_set, main, open_or_make, read_prompts, write_prompts
+from training.data.encoders import SD3Encoders
+from training.data.prompt_cache import PromptError, find_set, open_or_make, read_prompts, write_prompts
+from training.grpo.step_grpo_config import PromptsConfig
+from training.prompts import main
 
 MADE_WITH = {"encoders": "random"}
 

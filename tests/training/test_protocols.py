@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from training import protocols
+from training.evaluation import protocols
 
 
 def margin(difference):

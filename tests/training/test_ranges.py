@@ -17,7 +17,7 @@ from drm.ranges import Range, range_of
 from training import encode, evaluate, prompts, train_drm, train_step_grpo
 from training.config import ConfigError, DRMConfig, read_config
 from training.evaluate import EvaluateConfig
-from training.grpo.config import StepGRPOConfig
+from training.grpo.step_grpo_config import StepGRPOConfig
 
 TRAINING = Path(encode.__file__).parent
 COMMANDS = [DRMConfig, StepGRPOConfig, EvaluateConfig]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.training.preference_fixtures import EXPECTED, make_fixtures, prompt, tile
 from training.config import SourceConfig
-from training.readers import (
+from training.data.readers import (
     PictureError,
     Ranking,
     ReaderError,
@@ -22,9 +22,9 @@ from training.readers import (
     read_rankings,
     to_pairs,
 )
-from training.readers.pickapic import pickapic_ranking
-from training.readers.pictures import Picture, _Column, file_picture
-from training.readers.records import LeftOut
+from training.data.readers.pickapic import pickapic_ranking
+from training.data.readers.pictures import Picture, _Column, file_picture
+from training.data.readers.records import LeftOut
 
 
 @pytest.fixture(scope="module")

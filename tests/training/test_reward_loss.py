@@ -8,10 +8,10 @@ import torch
 from drm import load_drm, preference
 from tests.training.encoded import make_config, write_base, write_encoded
 from tests.training.processes import train
-from training import network
-from training.batches import Batch
-from training.reward_loss import Tally, pair_losses
-from training.reward_report import as_rows, calibrated, held_out_table, in_order
+from training.data.batches import Batch
+from training.reward import trainable
+from training.reward.held_out_pairs import as_rows, calibrated, held_out_table, in_order
+from training.reward.pair_loss import Tally, pair_losses
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_held_out_table_by_hand():
 
 def test_coarse_tokens_are_learned_and_come_back(files: Path):
     config = make_config(files, model={"coarse": 2}, out=str(files / "coarse"), steps=2)
-    start = network.build(config.model, seed=0)
+    start = trainable.build(config.model, seed=0)
     assert start.backbone.pos_embed.proj.weight.requires_grad
     train(config)
     drm = load_drm(Path(config.train.out) / "reward.safetensors")

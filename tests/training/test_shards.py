@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.training.encoded import write_encoded
-from training import shards
-from training.shards import EncodedPairs, ShardError
+from training.data import shards
+from training.data.shards import EncodedPairs, ShardError
 
 
 @pytest.fixture

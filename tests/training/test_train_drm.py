@@ -163,7 +163,7 @@ def test_parts_train_and_export_as_a_plain_model(files: Path, part: str):
 
 
 def weights_of_base(files: Path) -> dict[str, torch.Tensor]:
-    from training.base import load_backbone
+    from drm.sd3.base_model import load_backbone
 
     backbone = load_backbone(files / "base.safetensors", 2)
     return {f"backbone.{name}": value for name, value in backbone.state_dict().items()}

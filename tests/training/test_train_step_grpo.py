@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from drm import load_drm, save_drm
 from drm.lora import load_lora
+from drm.sd3.base_model import load_transformer
 from tests.training.encoded import write_yaml
 from tests.training.fine_tuning import HELD_OUT, WIDTH, embed, make_config, write_family
 from tests.training.processes import free_port, log_lines, numbers, train, train_and_kill
-from training.base import load_transformer
-from training.grpo.config import StepGRPOConfig
-from training.grpo.policy import build_policy
+from training.grpo.diffusers_policy import build_policy
+from training.grpo.step_grpo_config import StepGRPOConfig
 
 FIGURES = ("rewards/mean", "rewards/std", "spread", "kl", "gated", "clipped", "ratio_error", "grad_norm")
 AGREE = ("loss", "rewards/mean", "rewards/std", "spread", "kl", "grad_norm")
@@ -293,14 +293,14 @@ def test_a_reward_that_is_cheated_stops_the_run_and_the_best_is_kept(files: Path
     assert not any(tensor.any() for name, tensor in best.items() if "lora_B" in name)
 
 
-def test_pictures_rivals_and_a_second_reward_model(files: Path):
+def test_pictures_baselines_and_a_second_reward_model(files: Path):
     config = make_config(
         files,
         out=str(files / "pictures"),
         model={"vae": str(files / "base.safetensors")},
         evaluate={
             "drms": {"other": str(files / "reward.safetensors")},
-            "rivals": {"red": "tests.training.fine_tuning:redness"},
+            "baselines": {"red": "tests.training.fine_tuning:redness"},
             "pictures": 2,
             "sigmas": (0.0,),
         },
@@ -333,7 +333,7 @@ def test_bfloat16_and_checkpointing_change_little(files: Path, reference: Path):
 
 
 def test_the_presets_can_be_read():
-    from training.grpo.config import read_step_grpo
+    from training.grpo.step_grpo_config import read_step_grpo
 
     folder = Path(__file__).parents[2] / "training" / "configs"
     paths = sorted(folder.glob("step_grpo_*.yaml"))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from drm.ranges import Count
 from training.config import argument
 from training.demo import data
-from training.loop import LoopConfig, bfloat16_autocast, train
+from training.demo.loop import LoopConfig, bfloat16_autocast, train
 
 LATENT_NOISE = 0.05
 

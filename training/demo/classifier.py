@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from training.demo.autoencoder import to_float
 from training.demo.data import DemoData, indices
-from training.loop import LoopConfig, bfloat16_autocast, train
+from training.demo.loop import LoopConfig, bfloat16_autocast, train
 
 PIXELS = 64
 

@@ -45,9 +45,9 @@ from training.demo.generator import (
     load_generator,
     prepare,
 )
+from training.demo.loop import bfloat16_autocast
 from training.demo.raters import load_raters, log_probabilities
-from training.loop import bfloat16_autocast
-from training.shards import replace_atomically
+from training.engine.files import replace_atomically
 
 # (weights, steps, cfg, noise level, part of the steps with noise)
 WAYS = (

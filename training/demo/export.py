@@ -26,8 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from drm import DRM, comfy_layout, load_drm
-from training.decoders import PREFIX_VAE, SD3_SCALE, SD3_SHIFT, autoencoder_from_taesd
+from drm import DRM, load_drm
+from drm.sd3 import comfy_layout
+from training.data.decoders import PREFIX_VAE, SD3_SCALE, SD3_SHIFT, autoencoder_from_taesd
 from training.demo import data, text
 from training.demo.generator import Generator, decode, draw, grid, load_generator
 from training.demo.judge import Judge, load_judge

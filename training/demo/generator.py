@@ -29,7 +29,7 @@ from drm.ranges import Count
 from training.config import LearningRate, argument
 from training.demo import data, text
 from training.demo.autoencoder import to_float, to_uint8
-from training.loop import LoopConfig, bfloat16_autocast, train
+from training.demo.loop import LoopConfig, bfloat16_autocast, train
 
 SHIFT = 3.0
 SNAPSHOTS = (0.06, 0.2, 0.5)

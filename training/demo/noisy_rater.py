@@ -28,9 +28,9 @@ from drm.ranges import Count
 from training.config import argument
 from training.demo import data
 from training.demo.classifier import Residual
+from training.demo.loop import LoopConfig, bfloat16_autocast, train
 from training.demo.pairs import Pool, make_pool
 from training.demo.rated import FREE, SHARPNESS
-from training.loop import LoopConfig, bfloat16_autocast, train
 
 FILE = "noisy.safetensors"
 WIDTHS = (128, 192, 256)

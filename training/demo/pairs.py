@@ -25,8 +25,8 @@ from training.demo import data
 from training.demo.autoencoder import to_float
 from training.demo.drawings import load_drawings
 from training.demo.generator import draw, load_generator, prepare
+from training.demo.loop import bfloat16_autocast
 from training.demo.rated import FREE, TWO_OF, RatedPictures, askable, rated_pairs
-from training.loop import bfloat16_autocast
 
 DEGRADATIONS = ("blur", "colour", "warp", "noise", "cut")
 # (weights, steps, cfg) of what the generator draws: first with early weights, last its best

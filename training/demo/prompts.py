@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from training.data.prompt_cache import Encode, read_prompts, write_prompts
 from training.demo import text
 from training.demo.data import STYLES, read_concepts
 from training.demo.export import CLIP, Family, load_family
-from training.prompts import Encode, read_prompts, write_prompts
 
 FILES = Path(__file__).parent.parent / "configs" / "prompts"
 TRAIN, HELD_OUT = FILES / "demo_train.txt", FILES / "demo_held_out.txt"

@@ -36,9 +36,9 @@ from training.demo.comparisons import (
     together,
 )
 from training.demo.generator import load_generator
+from training.demo.loop import LoopConfig, bfloat16_autocast, train
 from training.demo.noisy_rater import load_noisy_rater
 from training.demo.pairs import Pool, make_pool, pairs
-from training.loop import LoopConfig, bfloat16_autocast, train
 
 KEPT, COARSE = 3, 2
 Pairs = Annotated[int, Range(22, 22_000, multiple=22)]

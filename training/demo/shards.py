@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from drm.ranges import Count
-from training import shards
 from training.config import argument
+from training.data import shards
 from training.demo import data, text
 from training.demo.comparisons import MIX
 from training.demo.generator import load_generator

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from drm.backbone import TruncatedSD3, sd35_medium_config
+from drm.lora import LORA_TARGETS
 from training.config import ConfigError
-from training.grpo.config import StepGRPOConfig, read_step_grpo
-from training.grpo.policy import Policy
-from training.network import LORA_TARGETS
-from training.saved_bytes import kept_for_backward
+from training.grpo.diffusers_policy import Policy
+from training.grpo.saved_bytes import kept_for_backward
+from training.grpo.step_grpo_config import StepGRPOConfig, read_step_grpo
 
 GIB = 2**30
 CLIP_TOKENS = 77

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from drm.lora import save_lora
-from training.benchmarks import file_sha256
-from training.checkpoints import why_not_written
-from training.grpo.config import StepGRPOConfig
-from training.runs import TrainingError
+from training.engine.checkpoints import why_not_written
+from training.engine.run import TrainingError
+from training.evaluation.test_sets import file_sha256
+from training.grpo.step_grpo_config import StepGRPOConfig
 
 VERSION = 1  # of the header
 

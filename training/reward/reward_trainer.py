@@ -1,0 +1,321 @@
+"""A run of the reward model's command: training over all processes, resume, held-out accuracy, export.
+
+Accelerate wraps network and optimiser. Which pairs, sigmas and noise a step sees is a function of (seed,
+step), and gradients are weighted by the whole batch's weight, so the run is the same for any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from drm import save_drm
+from training.config import DRMConfig, TrainConfig
+from training.data.batches import (
+    Batch,
+    HeldOutBatches,
+    Mixture,
+    Share,
+    TrainingBatches,
+    generator,
+    timed_batches,
+)
+from training.data.shards import EncodedPairs
+from training.engine import checkpoints
+from training.engine.run import TrainingError, checkpoint_of, cut_log, make_accelerator
+from training.reward import trainable
+from training.reward.held_out_pairs import (
+    SIGMA_PARTS,
+    as_rows,
+    calibrated,
+    export_facts,
+    held_out_table,
+    in_order,
+)
+from training.reward.pair_loss import Tally, pair_losses
+
+CALIBRATION_BINS = 10
+RESULT = "reward.safetensors"
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then constant."""
+    return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+
+
+def some_of(rows: Tensor, count: int | None, seed: int) -> Tensor:
+    """`count` of the rows, drawn evenly from all of them and kept in their order; all when None."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator(seed, 6))[:count].sort().values]
+
+
+class Trainer:
+    """One run: network, data, optimiser and where they stand. `run` trains, evaluates and exports."""
+
+    def __init__(self, config: DRMConfig) -> None:
+        self.config, self.settings, self.out = config, config.train, Path(config.train.out)
+        self.accelerator = make_accelerator(self.out)
+        self.device = self.accelerator.device
+        self.pairs = EncodedPairs(config.data.encoded)
+        half = self.settings.precision == "bf16"
+        drm = trainable.build(
+            config.model,
+            seed=self.settings.seed,
+            frozen_dtype=torch.bfloat16 if half else torch.float32,
+        )
+        _check_data(drm, self.pairs)
+        self.text_width, self.metadata = drm.prompt_dim, drm.metadata
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        held_out = self.pairs.columns["held_out"]
+        rows = some_of(torch.argwhere(~held_out).flatten(), config.data.limit, self.settings.seed)
+        weights = {**self.pairs.meta.get("weights", {}), **config.data.weights}
+        sources = [self.pairs.columns["source"][row] for row in rows.tolist()]
+        self.mixture = Mixture(rows, sources, weights, self.settings.seed)
+        self.held_out = some_of(torch.argwhere(held_out).flatten(), self.settings.held_out_pairs, 0)
+        per_epoch = math.ceil(len(self.mixture) / self.settings.global_batch)
+        self.steps = self.settings.steps or math.ceil(self.settings.epochs * per_epoch)
+        self.share = Share(
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            global_batch=self.settings.global_batch,
+            micro_batch=self.settings.micro_batch,
+        )
+        self.model, self.optimizer = self._prepare(drm)
+        self.averaged = checkpoints.Averaged(self.accelerator.unwrap_model(self.model), self.settings.ema)
+
+    def _prepare(self, drm: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in drm.parameters() if parameter.requires_grad],
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        return self.accelerator.prepare(drm, optimizer)
+
+    def run(self) -> None:
+        """From the last checkpoint, or the start, to the exported model."""
+        start = self._resume()
+        self.accelerator.init_trackers("drm", config={"hash": self.config.hash()})
+        if start < self.steps:
+            self._train(start)
+        table = self.evaluate(self.steps, CALIBRATION_BINS)
+        self.export(table)
+        self.accelerator.end_training()
+
+    def _resume(self) -> int:
+        folder = checkpoint_of(self.out, self._identity())
+        if folder is None:
+            if self.accelerator.is_main_process:
+                cut_log(self.out / "log.jsonl", 0)
+            return 0
+        facts = checkpoints.restore(
+            folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
+        )
+        if self.accelerator.is_main_process:
+            cut_log(self.out / "log.jsonl", facts["step"])
+            cut_log(self.out / "evaluation.jsonl", facts["step"] + 1)
+            print(f"going on from step {facts['step']} of {self.steps}", file=sys.stderr)
+        return facts["step"]
+
+    def _identity(self) -> dict:
+        """What must not change within a run; how it is spread, saved and for how long may."""
+        tree = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        free = {"out", "steps", "epochs", "micro_batch", "save_every", "keep", "evaluate_every", "workers"}
+        return {
+            "model": tree["model"] | {"gradient_checkpointing": None},
+            "data": tree["data"],
+            "train": {key: value for key, value in tree["train"].items() if key not in free},
+            "pairs": len(self.pairs),
+        }
+
+    def _batches(self, data: Dataset) -> Iterator[tuple[Batch, float]]:
+        return timed_batches(data, self.settings.workers, pin_memory=self.device.type == "cuda")
+
+    def _train(self, start: int) -> None:
+        data = TrainingBatches(
+            self.pairs,
+            self.mixture,
+            self.share,
+            start=start,
+            steps=self.steps,
+            sigma=self.settings.sigma,
+            drop_t5=self.config.data.drop_t5,
+            text_width=self.text_width,
+            seed=self.settings.seed,
+        )
+        batches = self._batches(data)
+        bar = tqdm(
+            range(start, self.steps),
+            initial=start,
+            total=self.steps,
+            desc="reward model",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.accelerator.is_main_process:
+                log = stack.enter_context(open(self.out / "log.jsonl", "a"))
+            for step in bar:
+                row = self._step(step, data.total_weight(step), batches)
+                if log:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+                done, every = step + 1, self.settings.evaluate_every
+                if done % self.settings.save_every == 0 or done == self.steps:
+                    self._save(done)
+                if every and done % every == 0 and done != self.steps:
+                    self.evaluate(done)
+
+    def _step(self, step: int, total_weight: float, batches: Iterator[tuple[Batch, float]]) -> dict:
+        begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device)
+        for micro in range(self.share.micro_steps):
+            batch, seconds = next(batches)
+            waited += seconds
+            batch = batch.to(self.device)
+            last = micro + 1 == self.share.micro_steps
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                win, lose = self._scores(batch)
+                loss = pair_losses(win, lose, batch, self.settings.loss)
+                # DDP averages over processes, so each gives its part of the global mean times their number.
+                share = batch.weight.sum() / total_weight * self.share.world
+                self.accelerator.backward(loss * share)
+            tally.add(loss, win, lose, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.settings)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(learned, self.settings.clip)
+        tally.sums = self.accelerator.reduce(tally.sums, "sum")
+        figures, norm = tally.figures(), float(norm)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
+            rows = self.mixture_rows(step)
+            raise TrainingError(
+                f"the loss at step {step} is {figures['loss']}, the gradient's norm {norm}: no weight was"
+                f" changed; lower train.learning_rate, or look at the pairs of that step ({rows})"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averaged.update(step)
+        seconds = time.perf_counter() - begun
+        return {
+            "step": step,
+            **figures,
+            "grad_norm": norm,
+            "learning_rate": learning_rate_at(step, self.settings),
+            "samples_per_second": round(self.settings.global_batch / seconds, 3),
+            "waiting": round(waited / seconds, 4),
+        }
+
+    def mixture_rows(self, step: int) -> str:
+        """The first few places the pairs of a step came from."""
+        per_epoch = math.ceil(len(self.mixture) / self.settings.global_batch)
+        number, place = divmod(step, per_epoch)
+        rows = self.mixture.epoch(number)[place * self.settings.global_batch :][:3]
+        return ", ".join(self.pairs.columns["row"][row] for row in rows.tolist())
+
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B,) each, of chosen and rejected."""
+        with self.autocast:
+            scores = self.model(
+                batch.noisy,
+                batch.sigma.repeat(2),
+                batch.prompt_embeds.repeat(2, 1, 1),
+                batch.pooled.repeat(2, 1),
+            )
+        return scores.float().chunk(2)
+
+    def _save(self, step: int) -> None:
+        gathered = checkpoints.gather(
+            self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
+        )
+        failed = None
+        if self.accelerator.is_main_process:
+            try:
+                facts = {"run": self._identity(), "config": self.config.hash()}
+                checkpoints.write(self.out, step, gathered, facts, self.settings.keep)
+            except checkpoints.CheckpointError as error:
+                failed = error
+        if failed:
+            raise failed
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def evaluate(self, step: int, bins: int | None = None) -> dict:
+        """Held-out accuracy by quarter of sigma, by source, and the calibration when `bins` is
+        given; {} without held-out pairs. With averaged weights where they are kept.
+        """
+        if not len(self.held_out):
+            return {}
+        lengths = self.pairs.t5_lengths
+        data = HeldOutBatches(
+            self.pairs,
+            self.held_out,
+            rank=self.share.rank,
+            world=self.share.world,
+            micro_batch=self.settings.micro_batch,
+            sigmas_each=SIGMA_PARTS,
+            t5_length=lengths[0] if lengths else None,
+            text_width=self.text_width,
+            seed=self.settings.seed,
+        )
+        self.averaged.swap()
+        found = [self._held_out_scores(batch.to(self.device)) for batch, _ in self._batches(data)]
+        self.averaged.swap()
+        gathered = self.accelerator.gather(torch.stack(found, dim=1))
+        win, lose, sigma = in_order(gathered)
+        sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
+        table = held_out_table(win, lose, sigma, sources)
+        if bins:
+            table |= calibrated(win, lose, sigma, bins)
+        if self.accelerator.is_main_process:
+            with open(self.out / "evaluation.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **table}) + "\n")
+        return table
+
+    def _held_out_scores(self, batch: Batch) -> Tensor:
+        return as_rows(*self._scores(batch), batch.sigma, batch.weight)
+
+    def export(self, table: dict) -> None:
+        """reward.safetensors: adapters merged, averaged weights, and where they come from in the header."""
+        self.averaged.swap()
+        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=checkpoints.WHOLE)
+        self.averaged.swap()
+        if not self.accelerator.is_main_process:
+            return
+        drm = trainable.build(self.config.model, seed=self.settings.seed)
+        drm.load_state_dict(state)
+        facts = self.metadata | export_facts(self.config, self.pairs, self.steps, table)
+        save_drm(trainable.plain(drm), self.out / RESULT, metadata=facts, dtype=torch.float16)
+        print(f"reward model -> {self.out / RESULT}", file=sys.stderr)
+
+
+def _check_data(drm: torch.nn.Module, pairs: EncodedPairs) -> None:
+    channels = pairs.latent_shape[0]
+    if channels != drm.in_channels:
+        raise TrainingError(
+            f"the encoded latents have {channels} channels, the base model takes {drm.in_channels}: encode"
+            " with the VAE of that model"
+        )
+    embeds, pooled = pairs.prompts([0], pairs.t5_lengths[0] if pairs.t5_lengths else None)
+    if embeds.shape[-1] > drm.prompt_dim or pooled.shape[-1] != drm.pooled_dim:
+        raise TrainingError(
+            f"the encoded prompts are {embeds.shape[-1]} wide and pooled {pooled.shape[-1]}, the base model"
+            f" takes {drm.prompt_dim} and {drm.pooled_dim}: encode with the text encoders of that model"
+        )
