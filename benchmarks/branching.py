@@ -168,9 +168,8 @@ def on_gpu(batches: list[int], rounds: int) -> tuple[dict, Iterator[dict]]:
             row["share_of_largest_copy"] = row["gigabytes_a_second"] * 1e9 / copy_rate
             print(
                 f"{size} batch {batch} k {k}: {row['gigabytes_a_second']:.0f} GB/s,"
-                f" {row['share_of_equal_copy']:.2f} of an equal copy,"
-                f" {row['share_of_largest_copy']:.2f} of the largest; the twin takes"
-                f" {row['twin_over_kernel']:.1f} times as long"
+                f" {row['share_of_equal_copy']:.2f} of an equal copy, {row['share_of_largest_copy']:.2f} of"
+                f" the largest; the twin takes {row['twin_over_kernel']:.1f} times as long"
             )
             yield row
 

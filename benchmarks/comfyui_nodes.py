@@ -102,13 +102,12 @@ def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 def start_up_milliseconds() -> float:
     """Of importing the pack and listing its nodes."""
     code = (
-        "import asyncio, sys, time; from tools import comfy_inside as inside; Pack = inside.Pack;"
-        " inside.Pack = lambda: None; inside.load_pack();"
-        " import nodes, server, comfy.samplers, comfy_api.latest, latent_preview;"
-        " server.PromptServer(asyncio.new_event_loop()); begun = time.process_time();"
-        " extension = asyncio.run(sys.modules[Pack().name].comfy_entrypoint());"
-        " found = asyncio.run(extension.get_node_list());"
-        " print(len(found), 'nodes took', 1000 * (time.process_time() - begun))"
+        "import asyncio, sys, time; from tools import comfy_inside as inside; Pack = inside.Pack; inside.Pack"
+        " = lambda: None; inside.load_pack(); import nodes, server, comfy.samplers, comfy_api.latest,"
+        " latent_preview; server.PromptServer(asyncio.new_event_loop()); begun = time.process_time();"
+        " extension = asyncio.run(sys.modules[Pack().name].comfy_entrypoint()); found ="
+        " asyncio.run(extension.get_node_list()); print(len(found), 'nodes took', 1000 * (time.process_time()"
+        " - begun))"
     )
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -228,10 +228,8 @@ def check_drm_fits(drm: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompt
         if widths != (model.prompt_dim, model.pooled_dim):
             raise ValueError(
                 f"the DRM reads prompts of width {model.prompt_dim} (pooled {model.pooled_dim}) and this"
-                " CONDITIONING"
-                f" has {widths[0]} (pooled {widths[1]}): choose the DRM made for this text encoder in DRM"
-                " Loader,"
-                " or load the text encoder that belongs to the model"
+                f" CONDITIONING has {widths[0]} (pooled {widths[1]}): choose the DRM made for this text"
+                " encoder in DRM Loader, or load the text encoder that belongs to the model"
             )
 
 
@@ -255,9 +253,8 @@ def check_policy(model: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompt
     ):
         raise ValueError(
             f"the MODEL ({model.model.__class__.__name__}, {latent_format.latent_channels} latent channels)"
-            " is not of"
-            " the SD3 family: step-wise sampling works with SD3, SD3.5 and models of their kind, load one of"
-            " them"
+            " is not of the SD3 family: step-wise sampling works with SD3, SD3.5 and models of their kind,"
+            " load one of them"
         )
     network = getattr(model.model, "diffusion_model", None)
     width = getattr(getattr(network, "context_embedder", None), "in_features", None)
@@ -265,8 +262,7 @@ def check_policy(model: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompt
         if width is not None and prompt.embeds.shape[-1] != width:
             raise ValueError(
                 f"the MODEL reads prompts of width {width} and this CONDITIONING has"
-                f" {prompt.embeds.shape[-1]}:"
-                " load the text encoder that belongs to the model"
+                f" {prompt.embeds.shape[-1]}: load the text encoder that belongs to the model"
             )
     limit = getattr(network, "pos_embed_max_size", None)
     if limit is not None and max(samples.shape[-2:]) > 2 * limit:

@@ -141,10 +141,8 @@ def read_file(path: str) -> tuple[dict, str, dict[str, Tensor]]:
             if found != (FORMAT, VERSION):
                 raise ValueError(
                     f"'{name}' is not a text encoder of the demo family (format {found[0]!r}, version"
-                    f" {found[1]!r}; wanted"
-                    f" {FORMAT!r}, {VERSION!r}): choose drm_demo_emoji_clip.safetensors, or load it with"
-                    " ComfyUI's own"
-                    " CLIP loaders"
+                    f" {found[1]!r}; wanted {FORMAT!r}, {VERSION!r}): choose drm_demo_emoji_clip.safetensors,"
+                    " or load it with ComfyUI's own CLIP loaders"
                 )
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return json.loads(header["config"]), header["tokenizer"], weights
@@ -169,8 +167,7 @@ def load_demo_clip(path: str) -> comfy.sd.CLIP:
     if missing or unexpected:
         raise ValueError(
             f"'{Path(path).name}' does not hold the weights its header describes (missing: {missing[:3]},"
-            " unknown:"
-            f" {unexpected[:3]}): get the file again"
+            f" unknown: {unexpected[:3]}): get the file again"
         )
     return clip
 
@@ -184,9 +181,8 @@ class DRMDemoCLIPLoader(io.ComfyNode):
             node_id="DRMDemoCLIPLoader",
             display_name="DRM Demo CLIP Loader",
             category="DRM",
-            description="Loads the text encoder of the demo model that ships with this pack. For "
-            "SD3.5-Medium use "
-            "ComfyUI's own loaders.",
+            description="Loads the text encoder of the demo model that ships with this pack. For SD3.5-Medium"
+            " use ComfyUI's own loaders.",
             inputs=[
                 io.Combo.Input(
                     "clip_name",

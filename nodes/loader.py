@@ -22,9 +22,8 @@ class DRMLoader(io.ComfyNode):
                 io.Combo.Input(
                     "drm_name",
                     options=folders.safetensors_files(KIND),
-                    tooltip="A .safetensors file of models/drm. It must be made for the model you sample "
-                    "with: same "
-                    "latent channels, same text encoders.",
+                    tooltip="A .safetensors file of models/drm. It must be made for the model you sample"
+                    " with: same latent channels, same text encoders.",
                 ),
                 io.Combo.Input(
                     "dtype",

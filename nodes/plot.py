@@ -31,9 +31,8 @@ class DRMTracePlot(io.ComfyNode):
                     "scores",
                     options=[RAW, RELATIVE],
                     default=RAW,
-                    tooltip="as given: the DRM's scores; they drift with sigma. above the step's mean: how "
-                    "much the "
-                    "choice gained at each step.",
+                    tooltip="as given: the DRM's scores; they drift with sigma. above the step's mean: how"
+                    " much the choice gained at each step.",
                 ),
                 io.Int.Input(
                     "width", default=768, min=256, max=4096, tooltip="Width of the picture in pixels."

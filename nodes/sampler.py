@@ -27,9 +27,8 @@ def branching_inputs() -> list[io.Input]:
             default=4,
             min=1,
             max=MAX_BRANCHES,
-            tooltip="Candidates drawn and scored at every step (k in the paper); the best one continues. "
-            "Each costs "
-            "one pass of the DRM. 1 scores nothing.",
+            tooltip="Candidates drawn and scored at every step (k in the paper); the best one continues. Each"
+            " costs one pass of the DRM. 1 scores nothing.",
         ),
         io.Float.Input(
             "noise_level",
@@ -44,9 +43,8 @@ def branching_inputs() -> list[io.Input]:
             "kind",
             options=list(KINDS),
             default="sde",
-            tooltip="sde: the stochastic step of Flow-GRPO. cps: coefficient-preserving, leaves no residual "
-            "noise and "
-            "draws smoother pictures.",
+            tooltip="sde: the stochastic step of Flow-GRPO. cps: coefficient-preserving, leaves no residual"
+            " noise and draws smoother pictures.",
         ),
         io.Float.Input(
             "branch_start",
@@ -62,9 +60,8 @@ def branching_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Branching ends after this part of the steps. Steps after it are plain Euler steps, and "
-            "cost no "
-            "scoring; the last step never branches.",
+            tooltip="Branching ends after this part of the steps. Steps after it are plain Euler steps, and"
+            " cost no scoring; the last step never branches.",
         ),
     ]
 
@@ -128,9 +125,8 @@ class StepwiseKSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Classifier-free guidance: how closely the picture follows the prompt. The DRM "
-                    "itself "
-                    "reads the positive prompt only.",
+                    tooltip="Classifier-free guidance: how closely the picture follows the prompt. The DRM"
+                    " itself reads the positive prompt only.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -250,9 +246,8 @@ class StepwiseSampler(io.ComfyNode):
             node_id="StepwiseSampler",
             display_name="Step-wise Sampler",
             category="DRM",
-            description="Step-wise Sampling as a SAMPLER for SamplerCustomAdvanced. To plot its trace, "
-            "connect the "
-            "TRACE and the sampled LATENT to DRM Trace Plot.",
+            description="Step-wise Sampling as a SAMPLER for SamplerCustomAdvanced. To plot its trace,"
+            " connect the TRACE and the sampled LATENT to DRM Trace Plot.",
             inputs=[
                 DRMModel.Input(
                     "drm", display_name="DRM", tooltip="The reward model that chooses, from DRM Loader."
@@ -268,9 +263,8 @@ class StepwiseSampler(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="Seed of the candidates' noise. The starting noise comes from the NOISE of the "
-                    "sampling "
-                    "node; with the same seed there, the picture is that of Step-wise KSampler.",
+                    tooltip="Seed of the candidates' noise. The starting noise comes from the NOISE of the"
+                    " sampling node; with the same seed there, the picture is that of Step-wise KSampler.",
                 ),
                 *spending_inputs(),
             ],

@@ -85,29 +85,25 @@ class DRMScoreLatent(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Noise level to score at. 0 scores a finished picture as it is; above 0 noise is "
-                    "added "
-                    "first. With leftover noise: the sigma at which its sampler stopped. Scores compare only"
-                    " at "
-                    "one sigma and for one prompt.",
+                    tooltip="Noise level to score at. 0 scores a finished picture as it is; above 0 noise is"
+                    " added first. With leftover noise: the sigma at which its sampler stopped. Scores"
+                    " compare only at one sigma and for one prompt.",
                 ),
                 io.Combo.Input(
                     "latent_is",
                     options=[FINISHED, LEFTOVER],
                     default=FINISHED,
-                    tooltip="finished picture: the sampler ran to the end, or the latent comes from VAE "
-                    "Encode. leftover "
-                    "noise: the sampler stopped early (return with leftover noise, split sigmas); no noise"
-                    " is added.",
+                    tooltip="finished picture: the sampler ran to the end, or the latent comes from VAE"
+                    " Encode. leftover noise: the sampler stopped early (return with leftover noise, split"
+                    " sigmas); no noise is added.",
                 ),
                 io.Int.Input(
                     "noise_draws",
                     default=1,
                     min=1,
                     max=MAX_DRAWS,
-                    tooltip="For a finished picture with sigma above 0: the score is the average over this "
-                    "many draws "
-                    "of noise. Each costs one pass of the DRM.",
+                    tooltip="For a finished picture with sigma above 0: the score is the average over this"
+                    " many draws of noise. Each costs one pass of the DRM.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -180,9 +176,8 @@ def check_scoring(sigma: float, latent_is: str, noise_draws: int) -> None:
         raise ValueError(f"noise_draws is {noise_draws}: give a number from 1 to {MAX_DRAWS}")
     if latent_is == LEFTOVER and not 0 < sigma < 1:
         raise ValueError(
-            f"sigma is {sigma} for a latent with leftover noise: give the sigma at which its sampler"
-            " stopped, between"
-            f" 0 and 1, or set latent_is to '{FINISHED}'"
+            f"sigma is {sigma} for a latent with leftover noise: give the sigma at which its sampler stopped,"
+            f" between 0 and 1, or set latent_is to '{FINISHED}'"
         )
 
 

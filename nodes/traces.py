@@ -47,15 +47,13 @@ def find_trace(trace: "Trace | TraceLog", latent: dict | None) -> "Trace":
     if latent is None:
         raise ValueError(
             "this trace comes from Step-wise Sampler: connect the LATENT it drew (the output of"
-            " SamplerCustomAdvanced)"
-            " to this node as well"
+            " SamplerCustomAdvanced) to this node as well"
         )
     found = trace.find(latent["samples"])
     if found is None:
         raise ValueError(
             "this LATENT was not drawn by the Step-wise Sampler the trace comes from: connect the output of"
-            " the"
-            " sampling node that uses it, before anything changes it"
+            " the sampling node that uses it, before anything changes it"
         )
     return found
 

@@ -7,10 +7,8 @@ the adapters on and off, of which DDP would make nothing but trouble.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
 import math
 import sys
 import time
@@ -20,15 +18,14 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from tqdm import tqdm
 
 from drm import DRM, flow, grpo, load_drm
 from drm.lora import load_lora
 from training.data.batches import Share, generator
 from training.data.decoders import load_decoder
 from training.data.prompt_cache import open_or_make, read_prompts
-from training.engine import checkpoints
-from training.engine.run import TrainingError, checkpoint_of, cut_log, make_accelerator
+from training.engine.run import TrainingError, make_accelerator
+from training.engine.steps import Run, adamw
 from training.evaluation.baselines import load_baseline
 from training.grpo.diffusers_policy import build_policy, check_fit
 from training.grpo.export import hash_of, lora_facts, write_lora
@@ -70,14 +67,15 @@ class Trainer:
         self.learned = torch.nn.ParameterDict(
             {name.replace(".", "/"): parameter for name, parameter in self.policy.learned.items()}
         )
-        self.optimizer = torch.optim.AdamW(
-            self.learned.values(),
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
+        self.progress = Run(
+            self.accelerator,
+            self.out,
+            self.learned,
+            adamw(list(self.learned.values()), self.settings),
+            self.settings,
+            self._identity(),
+            config.hash(),
         )
-        self.averaged = checkpoints.Averaged(self.learned, self.settings.ema)
         self.curve: list[tuple[int, float]] = []
 
     def _load_drm(self, path: str) -> DRM:
@@ -106,26 +104,12 @@ class Trainer:
 
     def run(self) -> None:
         """From the last checkpoint, or the start, to the exported LoRA."""
-        start = self._resume()
+        start, best_by = self.progress.resume(), self.config.evaluate.best_by
+        self.curve = [(row["step"], row[best_by]) for row in self.progress.evaluations()]
         self.accelerator.init_trackers("step_grpo", config={"hash": self.config.hash()})
         done = self._train(start)
         self._export(RESULT, done)
         self.accelerator.end_training()
-
-    def _resume(self) -> int:
-        folder, step = checkpoint_of(self.out, self._identity()), -1
-        if folder is not None:
-            step = checkpoints.restore(folder, self.learned, self.optimizer, self.averaged)["step"]
-        if self.main:
-            cut_log(self.out / "log.jsonl", max(step, 0))
-            cut_log(self.out / "evaluation.jsonl", step + 1)
-            if step >= 0:
-                print(f"going on from iteration {step} of {self.settings.iterations}", file=sys.stderr)
-        self.accelerator.wait_for_everyone()
-        if step >= 0 and (self.out / "evaluation.jsonl").is_file():
-            rows = [json.loads(line) for line in (self.out / "evaluation.jsonl").read_text().splitlines()]
-            self.curve = [(row["step"], row[self.config.evaluate.best_by]) for row in rows]
-        return max(step, 0)
 
     def _identity(self) -> dict:
         digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
@@ -135,31 +119,18 @@ class Trainer:
         """Iterations until all are done, or the held-out score is out of patience; how many were done."""
         if start == 0:
             self._look(0)
-        bar = tqdm(
-            range(start, self.settings.iterations),
-            initial=start,
-            total=self.settings.iterations,
-            desc=self.config.grpo.method,
-            disable=not self.main,
-            dynamic_ncols=True,
-        )
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(open(self.out / "log.jsonl", "a")) if self.main else None
-            for iteration in bar:
-                if self._out_of_patience():
-                    bar.write(f"the held-out score has not risen since iteration {self._best()[0]}: stopping")
-                    return iteration
-                row = self._iterate(iteration)
-                if log:
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
-                    bar.set_postfix(reward=f"{row['rewards/mean']:.4f}", kl=f"{row['kl']:.2e}")
-                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=iteration)
-                done = iteration + 1
-                self._look(done)
-                if done % self.settings.save_every == 0 or done == self.settings.iterations:
-                    self._save(done)
-        return self.settings.iterations
+        total = self.settings.iterations
+        for iteration in self.progress.steps(start, total, self.config.grpo.method):
+            if self._out_of_patience():
+                self.progress.say(
+                    f"the held-out score has not risen since iteration {self._best()[0]}: stopping"
+                )
+                return iteration
+            row = self._iterate(iteration)
+            self.progress.record(row, {"reward": f"{row['rewards/mean']:.4f}", "kl": f"{row['kl']:.2e}"})
+            self._look(iteration + 1)
+            self.progress.save_if_due(iteration + 1, total)
+        return total
 
     def prompt_of(self, iteration: int, slot: int) -> str:
         """Every prompt once an epoch, in an order of its own in each."""
@@ -174,17 +145,10 @@ class Trainer:
             if slots:
                 self._roll_out(iteration, slots, tally)
         self._add_up_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.learned.values(), self.settings.clip))
         figures = tally.summary(self.accelerator)
-        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
-            raise TrainingError(
-                f"the loss at iteration {iteration} is {figures['loss']}, the gradient's norm {norm}: no"
-                " weight was changed; lower train.learning_rate, or set model.precision to 'no'"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if (iteration + 1) % self.settings.ema_every == 0:
-            self.averaged.update(iteration // self.settings.ema_every)
+        every = self.settings.ema_every
+        averages = iteration // every if (iteration + 1) % every == 0 else None
+        norm = self.progress.update(iteration, figures["loss"], "set model.precision to 'no'", averages)
         seconds = round(time.perf_counter() - begun, 3)
         return {"step": iteration, **figures, "grad_norm": norm, "seconds": seconds}
 
@@ -247,14 +211,11 @@ class Trainer:
             return
         last = done == self.settings.iterations
         every, pictures = self.settings.evaluate_every, self.settings.pictures_every
-        self.averaged.swap()
-        try:
+        with self.progress.with_averages():
             if every and (done % every == 0 or last):
                 self._evaluate(done)
             if pictures and (done % pictures == 0 or last):
                 self._pictures(done)
-        finally:
-            self.averaged.swap()
 
     def _spread(self, count: int, work: Callable[[list[int]], Tensor]) -> Tensor:
         """work(numbers) -> (len(numbers), ...) for 0 .. count - 1, each process its part; all get all."""
@@ -278,9 +239,7 @@ class Trainer:
         self.curve.append((done, score))
         if best is None or score > best[1]:
             self._write(BEST, done)
-        if self.main:
-            with open(self.out / "evaluation.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+        self.progress.evaluated(row)
         self.accelerator.log({f"held_out/{k}": v for k, v in row.items() if k != "step"}, step=done)
 
     def _pictures(self, done: int) -> None:
@@ -301,17 +260,9 @@ class Trainer:
         since = [step for step, _ in self.curve if step > self._best()[0]]
         return len(since) >= self.settings.patience
 
-    def _save(self, step: int) -> None:
-        gathered = checkpoints.gather(self.learned, self.optimizer, self.averaged)
-        if self.main:
-            facts = {"run": self._identity(), "config": self.config.hash()}
-            checkpoints.write(self.out, step, gathered, facts, self.settings.keep)
-        self.accelerator.wait_for_everyone()
-
     def _export(self, name: str, done: int) -> None:
-        self.averaged.swap()
-        self._write(name, done)
-        self.averaged.swap()
+        with self.progress.with_averages():
+            self._write(name, done)
         if self.main:
             print(f"LoRA -> {self.out / name}", file=sys.stderr)
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from drm import save_drm
 from training.config import DRMConfig, TrainConfig
@@ -35,7 +34,8 @@ from training.data.batches import (
 )
 from training.data.shards import EncodedPairs
 from training.engine import checkpoints
-from training.engine.run import TrainingError, checkpoint_of, cut_log, make_accelerator
+from training.engine.run import TrainingError, make_accelerator
+from training.engine.steps import Run, adamw
 from training.reward import trainable
 from training.reward.held_out_pairs import (
     SIGMA_PARTS,
@@ -94,43 +94,27 @@ class Trainer:
             global_batch=self.settings.global_batch,
             micro_batch=self.settings.micro_batch,
         )
-        self.model, self.optimizer = self._prepare(drm)
-        self.averaged = checkpoints.Averaged(self.accelerator.unwrap_model(self.model), self.settings.ema)
-
-    def _prepare(self, drm: torch.nn.Module) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in drm.parameters() if parameter.requires_grad],
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
+        optimizer = adamw([p for p in drm.parameters() if p.requires_grad], self.settings)
+        self.model, prepared = self.accelerator.prepare(drm, optimizer)
+        self.progress = Run(
+            self.accelerator,
+            self.out,
+            self.accelerator.unwrap_model(self.model),
+            prepared.optimizer,
+            self.settings,
+            self._identity(),
+            config.hash(),
         )
-        return self.accelerator.prepare(drm, optimizer)
 
     def run(self) -> None:
         """From the last checkpoint, or the start, to the exported model."""
-        start = self._resume()
+        start = self.progress.resume()
         self.accelerator.init_trackers("drm", config={"hash": self.config.hash()})
         if start < self.steps:
             self._train(start)
         table = self.evaluate(self.steps, CALIBRATION_BINS)
         self.export(table)
         self.accelerator.end_training()
-
-    def _resume(self) -> int:
-        folder = checkpoint_of(self.out, self._identity())
-        if folder is None:
-            if self.accelerator.is_main_process:
-                cut_log(self.out / "log.jsonl", 0)
-            return 0
-        facts = checkpoints.restore(
-            folder, self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
-        )
-        if self.accelerator.is_main_process:
-            cut_log(self.out / "log.jsonl", facts["step"])
-            cut_log(self.out / "evaluation.jsonl", facts["step"] + 1)
-            print(f"going on from step {facts['step']} of {self.steps}", file=sys.stderr)
-        return facts["step"]
 
     def _identity(self) -> dict:
         """What must not change within a run; how it is spread, saved and for how long may."""
@@ -159,30 +143,13 @@ class Trainer:
             seed=self.settings.seed,
         )
         batches = self._batches(data)
-        bar = tqdm(
-            range(start, self.steps),
-            initial=start,
-            total=self.steps,
-            desc="reward model",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
-        with contextlib.ExitStack() as stack:
-            log = None
-            if self.accelerator.is_main_process:
-                log = stack.enter_context(open(self.out / "log.jsonl", "a"))
-            for step in bar:
-                row = self._step(step, data.total_weight(step), batches)
-                if log:
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", accuracy=f"{row['accuracy']:.3f}")
-                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
-                done, every = step + 1, self.settings.evaluate_every
-                if done % self.settings.save_every == 0 or done == self.steps:
-                    self._save(done)
-                if every and done % every == 0 and done != self.steps:
-                    self.evaluate(done)
+        for step in self.progress.steps(start, self.steps, "reward model"):
+            row = self._step(step, data.total_weight(step), batches)
+            self.progress.record(row, {"loss": f"{row['loss']:.4f}", "accuracy": f"{row['accuracy']:.3f}"})
+            done, every = step + 1, self.settings.evaluate_every
+            self.progress.save_if_due(done, self.steps)
+            if every and done % every == 0 and done != self.steps:
+                self.evaluate(done)
 
     def _step(self, step: int, total_weight: float, batches: Iterator[tuple[Batch, float]]) -> dict:
         begun, waited, tally = time.perf_counter(), 0.0, Tally.empty(self.device)
@@ -198,27 +165,19 @@ class Trainer:
                 share = batch.weight.sum() / total_weight * self.share.world
                 self.accelerator.backward(loss * share)
             tally.add(loss, win, lose, batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, self.settings)
-        learned = [p for p in self.model.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(learned, self.settings.clip)
+        rate = learning_rate_at(step, self.settings)
+        for group in self.progress.optimizer.param_groups:
+            group["lr"] = rate
         tally.sums = self.accelerator.reduce(tally.sums, "sum")
-        figures, norm = tally.figures(), float(norm)
-        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
-            rows = self.mixture_rows(step)
-            raise TrainingError(
-                f"the loss at step {step} is {figures['loss']}, the gradient's norm {norm}: no weight was"
-                f" changed; lower train.learning_rate, or look at the pairs of that step ({rows})"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.averaged.update(step)
+        figures = tally.figures()
+        advice = f"look at the pairs of that step ({self.mixture_rows(step)})"
+        norm = self.progress.update(step, figures["loss"], advice, averages=step)
         seconds = time.perf_counter() - begun
         return {
             "step": step,
             **figures,
             "grad_norm": norm,
-            "learning_rate": learning_rate_at(step, self.settings),
+            "learning_rate": rate,
             "samples_per_second": round(self.settings.global_batch / seconds, 3),
             "waiting": round(waited / seconds, 4),
         }
@@ -241,21 +200,6 @@ class Trainer:
             )
         return scores.float().chunk(2)
 
-    def _save(self, step: int) -> None:
-        gathered = checkpoints.gather(
-            self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, self.averaged
-        )
-        failed = None
-        if self.accelerator.is_main_process:
-            try:
-                facts = {"run": self._identity(), "config": self.config.hash()}
-                checkpoints.write(self.out, step, gathered, facts, self.settings.keep)
-            except checkpoints.CheckpointError as error:
-                failed = error
-        if failed:
-            raise failed
-        self.accelerator.wait_for_everyone()
-
     @torch.no_grad()
     def evaluate(self, step: int, bins: int | None = None) -> dict:
         """Held-out accuracy by quarter of sigma, by source, and the calibration when `bins` is
@@ -275,18 +219,15 @@ class Trainer:
             text_width=self.text_width,
             seed=self.settings.seed,
         )
-        self.averaged.swap()
-        found = [self._held_out_scores(batch.to(self.device)) for batch, _ in self._batches(data)]
-        self.averaged.swap()
+        with self.progress.with_averages():
+            found = [self._held_out_scores(batch.to(self.device)) for batch, _ in self._batches(data)]
         gathered = self.accelerator.gather(torch.stack(found, dim=1))
         win, lose, sigma = in_order(gathered)
         sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
         table = held_out_table(win, lose, sigma, sources)
         if bins:
             table |= calibrated(win, lose, sigma, bins)
-        if self.accelerator.is_main_process:
-            with open(self.out / "evaluation.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **table}) + "\n")
+        self.progress.evaluated({"step": step, **table})
         return table
 
     def _held_out_scores(self, batch: Batch) -> Tensor:
@@ -294,9 +235,8 @@ class Trainer:
 
     def export(self, table: dict) -> None:
         """reward.safetensors: adapters merged, averaged weights, and where they come from in the header."""
-        self.averaged.swap()
-        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=checkpoints.WHOLE)
-        self.averaged.swap()
+        with self.progress.with_averages():
+            state = get_model_state_dict(self.progress.learned, options=checkpoints.WHOLE)
         if not self.accelerator.is_main_process:
             return
         drm = trainable.build(self.config.model, seed=self.settings.seed)
