@@ -16,6 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from drm import DRM, load_drm, preference
 from drm.backbone import BackboneConfig, TruncatedSD3, sd35_medium_config
 from drm.head import ConvHead
 from training.config import ModelConfig, Resolution, argument
-from training.data.batches import Batch, Mixture, Share, TrainingBatches
+from training.data.batches import Batch, Mixture, Share, TrainingBatches, uniform_sigmas
 from training.data.shards import EncodedPairs
 from training.engine.files import replace_atomically
 from training.grpo.saved_bytes import kept_for_backward
@@ -186,7 +187,8 @@ def throughput() -> dict:
         Share(rank=0, world=1, global_batch=32, micro_batch=32),
         start=0,
         steps=1000,
-        sigma=(0.0, 1.0),
+        sigmas=partial(uniform_sigmas, 0.0, 1.0),
+        shared_noise=True,
         drop_t5=0.0,
         text_width=256,
         seed=0,

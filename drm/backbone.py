@@ -15,6 +15,7 @@ from .sd3.backbone import (
     coarsened,
     first_difference,
     is_kept,
+    sd35_large_config,
     sd35_medium_config,
     truncate_state_dict,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "coarsened",
     "first_difference",
     "is_kept",
+    "sd35_large_config",
     "sd35_medium_config",
     "truncate_state_dict",
 ]

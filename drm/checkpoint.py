@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backbone import KIND, BackboneConfig, TruncatedSD3
-from .head import ConvHead, QueryHead
+from .head import ConvGNHead, ConvHead, QueryHead
 from .model import DRM
 
 FORMAT = "drm-reward-model"
@@ -221,14 +221,18 @@ def _build(name: str, architecture: dict) -> DRM:
         raise DRMFileError(f"{name} describes a model this code cannot build: {error}") from error
 
 
-def _build_head(head: dict) -> ConvHead | QueryHead:
+def _build_head(head: dict) -> ConvHead | ConvGNHead | QueryHead:
     # Files from before there was a second kind say none.
     kind, arguments = head.get("kind", "conv"), {key: value for key, value in head.items() if key != "kind"}
     if kind == "conv":
         return ConvHead(**arguments)
+    if kind == "conv_gn":
+        return ConvGNHead(**arguments)
     if kind == "query":
         return QueryHead(**arguments)
-    raise ValueError(f"its head is of kind {kind!r}, known are 'conv' and 'query'; update ComfyUI-DRM")
+    raise ValueError(
+        f"its head is of kind {kind!r}, known are 'conv', 'conv_gn' and 'query'; update ComfyUI-DRM"
+    )
 
 
 def _sound_weights(

@@ -10,6 +10,11 @@ ConvHead, DRM's own kind, on the image tokens f_v after the last kept block:
 The DRM paper gives the outline (projection, 2D map, small convolutional network, pooling, linear layer) and
 not the sizes; the layer norm in front is ours, because late SD3 tokens carry a few very large channels.
 
+ConvGNHead, the DRM authors' published kind, on what the model's own norm_out and proj_out make of the tokens:
+
+    m = ReLU(GroupNorm(Conv3x3(m)))         (B, 16, H, W), three times, stride 2: 16 -> 256 -> 512 -> 512
+    score = Linear(Dropout(ReLU(Linear(mean over H, W of m))))          (B,)
+
 QueryHead, DiNa-LRM's kind, on the tapped tokens x_i of both streams and the time-text embedding temb:
 
     y_i = Linear_i(x_i (1 + gamma_i) + beta_i + e_i)        (gamma_i, beta_i) = MLP_i(temb), e_i learned
@@ -76,6 +81,72 @@ class ConvHead(_Float32Module):
             hidden = self.mlp(self.norm(tokens.float()))
             image = hidden.transpose(1, 2).reshape(len(tokens), self.hidden, height, width)
             return self.out(self.conv(image).mean(dim=(2, 3))).squeeze(1)
+
+
+class RowDropout(nn.Module):
+    """Dropout of (B, D) whose mask is a function of a number for each row, so that a training which is killed
+    or spread over more processes drops the same. numbers: whole numbers, set before a call; None draws anew.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.numbers = share, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.share:
+            return x
+        if self.numbers is None:
+            return F.dropout(x, self.share)
+        if len(self.numbers) != len(x):
+            raise ValueError(f"{len(self.numbers)} numbers for a dropout of {len(x)} rows: give one for each")
+        rows = [torch.rand(x.shape[1], generator=_generator(number)) for number in self.numbers]
+        return x * (torch.stack(rows).to(x.device) >= self.share) / (1 - self.share)
+
+
+def _generator(number: int) -> torch.Generator:
+    # Neighbouring seeds of one generator are alike in their first draws; a large odd factor parts them.
+    return torch.Generator().manual_seed(number * 0x9E3779B97F4A7C15 & 0x7FFFFFFFFFFFFFFF)
+
+
+class ConvGNHead(_Float32Module):
+    """channels: of the velocity it reads, widths: of the three maps. The parameters have the names of the
+    published head, whose state dict loads as it is.
+    """
+
+    def __init__(
+        self, channels: int = 16, widths: tuple[int, int, int] = (256, 512, 512), dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.channels, self.widths, self.dropout = channels, tuple(widths), dropout
+
+        def down(before: int, after: int) -> nn.Sequential:
+            layers = (
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                nn.GroupNorm(math.gcd(32, after), after),
+            )
+            return nn.Sequential(*layers, nn.ReLU())
+
+        self.down1 = down(channels, widths[0])
+        self.down2 = down(widths[0], widths[1])
+        self.down3 = down(widths[1], widths[2])
+        last = widths[2]
+        self.drop = RowDropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(last, last), nn.ReLU(), self.drop, nn.Linear(last, 1))
+
+    def to_dict(self) -> dict:
+        """Its place in a file's header."""
+        return {
+            "kind": "conv_gn",
+            "channels": self.channels,
+            "widths": list(self.widths),
+            "dropout": self.dropout,
+        }
+
+    def forward(self, velocity: Tensor) -> Tensor:
+        """Scores (B,) float32 of a backbone's velocity (B, channels, H, W), of any size."""
+        with torch.autocast(velocity.device.type, enabled=False):
+            image = self.down3(self.down2(self.down1(velocity.float())))
+            return self.mlp(image.mean(dim=(2, 3))).squeeze(1)
 
 
 class QueryHead(_Float32Module):

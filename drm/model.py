@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Compiled, Features, Prepared, TruncatedSD3
-from .head import ConvHead, QueryHead
+from .head import ConvGNHead, ConvHead, QueryHead
 
 
 class DRM(nn.Module):
@@ -21,10 +21,20 @@ class DRM(nn.Module):
     """
 
     def __init__(
-        self, backbone: TruncatedSD3, head: ConvHead | QueryHead, metadata: dict | None = None
+        self,
+        backbone: TruncatedSD3,
+        head: ConvHead | ConvGNHead | QueryHead,
+        metadata: dict | None = None,
     ) -> None:
         super().__init__()
-        if head.dim != backbone.config.width:
+        if isinstance(head, ConvGNHead):
+            if not backbone.config.keeps_output or backbone.config.in_channels != head.channels:
+                raise ValueError(
+                    f"the head reads a velocity of {head.channels} channels: wanted a backbone that keeps"
+                    f" norm_out and proj_out for {head.channels} channels, this one has keeps_output"
+                    f" {backbone.config.keeps_output} and {backbone.config.in_channels}"
+                )
+        elif head.dim != backbone.config.width:
             raise ValueError(
                 f"the head takes tokens of width {head.dim}, the backbone's are {backbone.config.width}"
             )
@@ -164,6 +174,8 @@ class DRM(nn.Module):
         """Raw scores (n,)."""
         if isinstance(self.head, QueryHead):
             return self.head(features)
+        if isinstance(self.head, ConvGNHead):
+            return self.head(features.velocity)
         return self.head(features.tokens, *self.backbone.token_grid(*latents.shape[-2:]))
 
 

@@ -51,12 +51,13 @@ class ModelConfig:
     which then decides depth, tokens and head. `train`: all weights, a LoRA on the attention and the head, or
     the head alone. `random_backbone` keeps the base's shape and none of its weights. `coarse`:
     the side of a token over the base's; 2 makes four times fewer of them, for a model that scores several
-    times as fast.
+    times as fast. `head`: on the tokens (conv), or the DRM authors' on the model's own last layers (conv_gn).
     """
 
     base: str
     num_kept: Annotated[int, Range(1, 1024)] = 21
     coarse: Annotated[int, Range(1, 64)] = 1
+    head: Literal["conv", "conv_gn"] = "conv"
     head_hidden: Annotated[int, Range(1, 65536)] = 256
     train: Literal["full", "lora", "head"] = "full"
     lora_rank: Rank = 64
@@ -85,12 +86,16 @@ class SourceConfig:
 class EncodeConfig:
     """`encoders`: a diffusers SD3 folder with vae, text encoders and tokenizers. `held_out`: share of the
     prompts, chosen by their hash, whose pairs are only evaluated on. `bad_rows`: share that may be unusable.
+    `fit`: the centre square (Lanczos), or the whole picture pressed into a square (bicubic). `posterior`: of
+    the VAE's, its mean or a sample that depends on `seed` and the picture's number.
     """
 
     encoders: str
     sources: tuple[SourceConfig, ...]
     out: str
     resolution: Resolution = 512
+    fit: Literal["centre", "square"] = "centre"
+    posterior: Literal["mean", "sample"] = "mean"
     t5_lengths: tuple[Tokens, ...] = (77, 256)
     batch_images: Count = 16
     batch_prompts: Count = 16
@@ -117,7 +122,9 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`global_batch` pairs a step over all processes, at most `micro_batch` at once on one. `steps` goes over
-    `epochs`. `sigma`: the range noise is drawn from, uniformly. `ema` 0 keeps no averaged weights.
+    `epochs`. `noise`: one for both sides of a pair, or one each. `sigma_draw`: uniform in the range `sigma`,
+    or a logit-normal place in the base's own schedule of 1,000 steps, shifted by `shift` (3 for SD3.5-Medium,
+    1 for Large). `ema` 0 keeps no averaged weights.
     """
 
     out: str
@@ -132,7 +139,10 @@ class TrainConfig:
     clip: Positive = 1.0
     ema: Decay = 0.999
     loss: Literal["bradley-terry", "thurstone"] = "bradley-terry"
+    noise: Literal["shared", "independent"] = "shared"
     sigma: tuple[Share, Share] = (0.0, 1.0)
+    sigma_draw: Literal["uniform", "logit-normal"] = "uniform"
+    shift: Positive = 3.0
     precision: Literal["bf16", "no"] = "bf16"
     save_every: Count = 500
     keep: Count = 2
@@ -172,6 +182,18 @@ def _check(config: DRMConfig) -> None:
     low_high = config.train.sigma
     wrong = [
         (not low_high[0] < low_high[1], "train.sigma", low_high, "two growing numbers in 0 to 1"),
+        (
+            config.train.sigma_draw != "uniform" and low_high != (0.0, 1.0),
+            "train.sigma",
+            low_high,
+            "[0, 1] unless train.sigma_draw is uniform",
+        ),
+        (
+            config.model.coarse > 1 and config.model.head == "conv_gn",
+            "model.coarse",
+            config.model.coarse,
+            "1 with model.head conv_gn, which reads the model's own last layers",
+        ),
         (
             config.model.coarse > 1 and config.model.train != "full",
             "model.coarse",

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from training.config import ConfigError, DRMConfig, EncodeConfig, read_config
 from training.data import shards
+from training.data.batches import generator
 from training.data.decode_ahead import WorkerDied, decode_ahead
 from training.data.encode_cost import Cost, rate_of, row_bytes, summary
 from training.data.encode_plan import (
@@ -49,6 +50,7 @@ from training.data.readers import ReaderError
 from training.engine.checkpoints import why_not_written
 from training.engine.run import TrainingError, only_run_in
 
+POSTERIOR = 21  # a stream of generator()
 PATIENCE = datetime.timedelta(hours=12)  # how long processes wait for the one that reads the sources
 
 
@@ -143,7 +145,12 @@ class Encoding:
             self.encoders.load_vae()  # before the clock runs
         pin = self.state.device.type == "cuda"
         decoded = decode_ahead(
-            self.folder / "plan", self.config.resolution, batches, workers=self.config.workers, pin_memory=pin
+            self.folder / "plan",
+            self.config.resolution,
+            self.config.fit,
+            batches,
+            workers=self.config.workers,
+            pin_memory=pin,
         )
         with self.progress("pictures", sum(map(len, batches))) as bar:
             for shard in mine:
@@ -154,11 +161,17 @@ class Encoding:
                     self.seconds["waiting"] += time.monotonic() - asked
                     bad |= reasons
                     if numbers:
-                        latents = self.encoders.encode_pixels(pixels)
+                        latents = self.encoders.encode_pixels(pixels, self.draws(numbers))
                         parts.append(self.keep_finite({"latents": latents}, numbers, bad))
                     bar.update(len(batch))
                 self.write(self.pictures, shard, parts, self.latent_shapes, bad)
         self.count("pictures", bar)
+
+    def draws(self, numbers: list[int]) -> list[torch.Generator] | None:
+        """What samples the posterior of each picture; None for its mean."""
+        if self.config.posterior == "mean":
+            return None
+        return [generator(self.config.seed, POSTERIOR, number) for number in numbers]
 
     def encode_prompts(self) -> None:
         """This process's missing prompt shards."""
@@ -306,6 +319,8 @@ class Encoding:
             "t5_lengths": list(config.t5_lengths),
             "dtype": config.dtype,
             "resolution": config.resolution,
+            "fit": config.fit,
+            "posterior": config.posterior,
             "encoders": self.encoders.describe(),
             "weights": {name: source.weight for name, source in zip(names, config.sources, strict=True)},
             "held_out": config.held_out,

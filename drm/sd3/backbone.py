@@ -10,6 +10,10 @@ output feeds nothing; that block is then built `context_pre_only`: it has no tex
 projection, and only the two rows of the text modulation (scale and shift before attention) that reach the
 image. The image tokens are those of the full model after that block.
 
+With `keeps_output` the model's own last layers are kept too, and read the tokens after the last kept block:
+
+    velocity = unpatchify(Linear(AdaLN(tokens, temb)))             (B, C, H, W)
+
 Coarse tokens: a patch of twice the side is one token in place of four. Its embedding starts as the mean of
 theirs, tiled over the larger patch, and its position as the mean of theirs; then it learns.
 """
@@ -28,13 +32,14 @@ if TYPE_CHECKING:
 
     from .joint_block import Shared
 
-SD35_MEDIUM_KEPT = 21
+SD35_MEDIUM_KEPT, SD35_LARGE_KEPT = 21, 33
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """The arguments of diffusers' SD3Transformer2DModel, how many of its blocks are kept, and after which of
-    them image and text tokens are tapped (in ascending order; 0 is before the first).
+    them image and text tokens are tapped (in ascending order; 0 is before the first). keeps_output: whether
+    norm_out and proj_out are kept.
     """
 
     num_kept: int
@@ -51,6 +56,7 @@ class BackboneConfig:
     qk_norm: str | None = "rms_norm"
     image_taps: tuple[int, ...] = ()
     text_taps: tuple[int, ...] = ()
+    keeps_output: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_kept <= self.num_layers:
@@ -83,12 +89,19 @@ class BackboneConfig:
         num_kept: int,
         image_taps: tuple[int, ...] = (),
         text_taps: tuple[int, ...] = (),
+        keeps_output: bool = False,
     ) -> "BackboneConfig":
         """From the config of an SD3Transformer2DModel (or its config.json as a dict)."""
-        names = set(cls.__dataclass_fields__) - {"num_kept", "image_taps", "text_taps"}
+        own = {
+            "num_kept": num_kept,
+            "image_taps": image_taps,
+            "text_taps": text_taps,
+            "keeps_output": keeps_output,
+        }
+        names = set(cls.__dataclass_fields__) - set(own)
         kwargs = {name: config[name] for name in names if name in config}
         kwargs["dual_attention_layers"] = tuple(kwargs.get("dual_attention_layers") or ())
-        built = cls(num_kept=num_kept, image_taps=image_taps, text_taps=text_taps, **kwargs)
+        built = cls(**own, **kwargs)
         context_width = config.get("caption_projection_dim", built.width)
         if context_width != built.width:
             raise ValueError(
@@ -107,15 +120,22 @@ def sd35_medium_config(num_kept: int = SD35_MEDIUM_KEPT) -> BackboneConfig:
     )
 
 
+def sd35_large_config(num_kept: int = SD35_LARGE_KEPT) -> BackboneConfig:
+    """Stable Diffusion 3.5 Large: 38 blocks of width 2432, 33 of them kept by the authors."""
+    return BackboneConfig(num_kept=num_kept, num_layers=38, num_attention_heads=38, pos_embed_max_size=192)
+
+
 class Features(NamedTuple):
     """What a head may read: `tokens` (B, L, width) after the last kept block, the tapped image tokens
-    (B, L, width) and text tokens (B, T, width), and the time-text embedding `temb` (B, width).
+    (B, L, width) and text tokens (B, T, width), the time-text embedding `temb` (B, width), and `velocity`
+    (B, C, H, W), which the model's own last layers make of the tokens where they are kept.
     """
 
     tokens: Tensor
     image: list[Tensor]
     text: list[Tensor]
     temb: Tensor
+    velocity: Tensor | None = None
 
 
 class Prepared(NamedTuple):
@@ -138,6 +158,7 @@ class TruncatedSD3(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
+        from diffusers.models.normalization import AdaLayerNormContinuous
 
         from .joint_block import JointTransformerBlock
 
@@ -166,6 +187,12 @@ class TruncatedSD3(nn.Module):
             )
             for index in range(config.num_kept)
         )
+        self.norm_out = self.proj_out = None
+        if config.keeps_output:
+            self.norm_out = AdaLayerNormContinuous(
+                config.width, config.width, elementwise_affine=False, eps=1e-6
+            )
+            self.proj_out = nn.Linear(config.width, config.patch_size**2 * config.in_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,7 +259,16 @@ class TruncatedSD3(nn.Module):
                 image.append(tokens)
             if index + 1 in config.text_taps:
                 text.append(context)
-        return Features(tokens, image, text, temb)
+        return Features(tokens, image, text, temb, self._velocity(tokens, temb, latents.shape))
+
+    def _velocity(self, tokens: Tensor, temb: Tensor, shape: torch.Size) -> Tensor | None:
+        if self.proj_out is None:
+            return None
+        rows, columns = self.token_grid(*shape[-2:])
+        patch = self.config.patch_size
+        # (n, rows columns, patch patch C): within a patch the channels come last.
+        patches = self.proj_out(self.norm_out(tokens, temb)).unflatten(2, (patch, patch, -1))
+        return patches.unflatten(1, (rows, columns)).permute(0, 5, 1, 3, 2, 4).reshape(shape)
 
     def features(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
@@ -260,7 +296,7 @@ def truncate_state_dict(state_dict: Mapping[str, Tensor], config: BackboneConfig
     modulation = f"transformer_blocks.{last}.norm1_context.linear."
     kept = {}
     for key, value in state_dict.items():
-        if not is_kept(key, config.num_kept, config.keeps_text_output):
+        if not is_kept(key, config.num_kept, config.keeps_text_output, config.keeps_output):
             continue
         if cut_text and key.startswith(modulation):
             shift, scale = value.chunk(6)[:2]
@@ -269,11 +305,13 @@ def truncate_state_dict(state_dict: Mapping[str, Tensor], config: BackboneConfig
     return kept
 
 
-def is_kept(key: str, num_kept: int, keeps_text_output: bool = False) -> bool:
+def is_kept(key: str, num_kept: int, keeps_text_output: bool = False, keeps_output: bool = False) -> bool:
     """Whether a weight of SD3Transformer2DModel, by its name there, has a place in a truncated backbone."""
     last = num_kept - 1
     unused = tuple(f"transformer_blocks.{last}.{name}." for name in ("attn.to_add_out", "ff_context"))
-    if key.startswith(("norm_out.", "proj_out.")) or (key.startswith(unused) and not keeps_text_output):
+    if key.startswith(("norm_out.", "proj_out.")):
+        return keeps_output
+    if key.startswith(unused) and not keeps_text_output:
         return False
     return not key.startswith("transformer_blocks.") or int(key.split(".")[1]) <= last
 
@@ -311,16 +349,17 @@ def backbone_from_transformer(
     image_taps: tuple[int, ...] = (),
     text_taps: tuple[int, ...] = (),
     coarse: int = 1,
+    keeps_output: bool = False,
 ) -> TruncatedSD3:
     """The first blocks of a diffusers SD3 transformer, as copies in its dtype and on its device.
 
     coarse: how many times the side of a patch; see `coarsened`.
     """
-    config = BackboneConfig.from_diffusers(transformer.config, num_kept, image_taps, text_taps)
+    config = BackboneConfig.from_diffusers(transformer.config, num_kept, image_taps, text_taps, keeps_output)
     kept = {
         key: value.detach().clone()
         for key, value in transformer.state_dict().items()
-        if is_kept(key, num_kept, config.keeps_text_output)
+        if is_kept(key, num_kept, config.keeps_text_output, keeps_output)
     }
     if coarse != 1:
         kept, config = coarsened(kept, config, coarse)
@@ -335,6 +374,10 @@ def coarsened(
     A starting point for training: before it, a coarse token is the mean of the fine ones it stands for, and
     so is its position. ValueError where the positions cannot be shared out evenly.
     """
+    if config.keeps_output:
+        raise ValueError(
+            "tokens cannot be coarse where the model's own last layers are kept: coarse must be 1"
+        )
     largest = config.pos_embed_max_size
     if factor < 1 or largest % factor:
         raise ValueError(

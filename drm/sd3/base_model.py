@@ -53,6 +53,7 @@ def load_backbone(
     image_taps: tuple[int, ...] = (),
     text_taps: tuple[int, ...] = (),
     coarse: int = 1,
+    keeps_output: bool = False,
 ) -> TruncatedSD3:
     """The first num_kept blocks of an SD3-family checkpoint or diffusers folder, in dtype on device. coarse:
     see drm.backbone.coarsened.
@@ -61,13 +62,10 @@ def load_backbone(
     blocks.
     """
     path = Path(base)
-    keeps_text = num_kept in text_taps
-    if path.is_dir():
-        config, weights = _read_diffusers(path, num_kept, keeps_text, device, dtype)
-    else:
-        config, weights = _read_single_file(path, num_kept, keeps_text, device, dtype)
+    kept = (num_kept, num_kept in text_taps, keeps_output)
+    config, weights = _read_layout(path, kept, device, dtype)
     try:
-        config = BackboneConfig.from_diffusers(config, num_kept, image_taps, text_taps)
+        config = BackboneConfig.from_diffusers(config, num_kept, image_taps, text_taps, keeps_output)
         if coarse != 1:
             weights, config = coarsened(weights, config, coarse)
         return backbone_from_state_dict(weights, config)
@@ -85,8 +83,7 @@ def load_transformer(
     from diffusers import SD3Transformer2DModel
 
     path = Path(base)
-    read = _read_diffusers if path.is_dir() else _read_single_file
-    config, weights = read(path, None, True, device, dtype)
+    config, weights = _read_layout(path, None, device, dtype)
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
     found, expected = (
@@ -99,8 +96,27 @@ def load_transformer(
     return transformer.requires_grad_(False).eval()
 
 
+def transformer_config(base: str | os.PathLike) -> dict:
+    """The arguments of SD3Transformer2DModel for an SD3-family checkpoint or diffusers folder; no block is
+    read. Raises BaseError as load_backbone does.
+    """
+    path = Path(base)
+    return _read_layout(path, (0, False, False), "cpu", torch.float32)[0]
+
+
+# (blocks, the last one's text output, the model's last layers) that are kept; None: all of the model
+Kept = tuple[int, bool, bool] | None
+
+
+def _read_layout(
+    path: Path, kept: Kept, device: str | torch.device, dtype: torch.dtype
+) -> tuple[dict, dict[str, Tensor]]:
+    """(config, weights by diffusers' names); what is not kept is on the meta device."""
+    return (_read_diffusers if path.is_dir() else _read_single_file)(path, kept, device, dtype)
+
+
 def _read_single_file(
-    path: Path, num_kept: int | None, keeps_text: bool, device: str | torch.device, dtype: torch.dtype
+    path: Path, parts: Kept, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[dict, dict[str, Tensor]]:
     if path.suffix != ".safetensors" and path.exists():
         raise BaseError(f"{path.name} is not a .safetensors file: give the base in that format")
@@ -115,7 +131,7 @@ def _read_single_file(
             key
             for key in keys
             if key.startswith(prefix)
-            and (num_kept is None or is_kept_in_comfy_layout(key.removeprefix(prefix), num_kept, keeps_text))
+            and (parts is None or is_kept_in_comfy_layout(key.removeprefix(prefix), *parts))
         ]
         tensors = _read(file, keys, set(kept), device, dtype)
     try:
@@ -137,7 +153,7 @@ def _foreign(name: str, keys: Iterable[str]) -> str:
 
 
 def _read_diffusers(
-    folder: Path, num_kept: int | None, keeps_text: bool, device: str | torch.device, dtype: torch.dtype
+    folder: Path, parts: Kept, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[dict, dict[str, Tensor]]:
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     if not (transformer / "config.json").is_file():
@@ -155,7 +171,7 @@ def _read_diffusers(
     for path in _weight_files(transformer):
         with _open(path) as file:
             keys = list(file.keys())
-            kept = {key for key in keys if num_kept is None or is_kept(key, num_kept, keeps_text)}
+            kept = {key for key in keys if parts is None or is_kept(key, *parts)}
             tensors |= _read(file, keys, kept, device, dtype)
     return config, tensors
 

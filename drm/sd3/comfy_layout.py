@@ -108,10 +108,12 @@ def to_comfy_layout(state_dict: Mapping[str, Tensor], config: Mapping) -> dict[s
     return {key: value.contiguous() for key, value in converted.items()}
 
 
-def is_kept_in_comfy_layout(key: str, num_kept: int, keeps_text_output: bool = False) -> bool:
+def is_kept_in_comfy_layout(
+    key: str, num_kept: int, keeps_text_output: bool = False, keeps_output: bool = False
+) -> bool:
     """backbone.is_kept for a bare name of ComfyUI's layout."""
     if not key.startswith("joint_blocks."):
-        return not key.startswith("final_layer.")
+        return keeps_output or not key.startswith("final_layer.")
     _, index, part = key.split(".", 2)
     unused = part.startswith(("context_block.attn.proj.", "context_block.mlp."))
     return int(index) < num_kept - 1 or (int(index) == num_kept - 1 and (keeps_text_output or not unused))

@@ -210,7 +210,7 @@ def rewrite(path, change):
     [
         (
             lambda h: h["architecture"]["head"].update(kind="tree"),
-            "kind 'tree', known are 'conv' and 'query'",
+            "kind 'tree', known are 'conv', 'conv_gn' and 'query'",
         ),
         (lambda h: h["architecture"]["head"].update(kind="conv"), "cannot build"),
         (lambda h: h["architecture"]["head"].update(num_heads=5), "128 wide: wanted a multiple of its 5"),

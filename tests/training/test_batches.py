@@ -1,12 +1,21 @@
 """Which pairs, which noise: the same for whoever asks."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from tests.training.encoded import write_encoded
-from training.data.batches import HeldOutBatches, Mixture, Share, TrainingBatches, generator
+from training.data.batches import (
+    HeldOutBatches,
+    Mixture,
+    Share,
+    TrainingBatches,
+    generator,
+    logit_normal_sigmas,
+    uniform_sigmas,
+)
 from training.data.shards import EncodedPairs, ShardError
 
 
@@ -22,7 +31,8 @@ def mixture(pairs: EncodedPairs, **weights: float) -> Mixture:
 
 def batches(pairs: EncodedPairs, rank: int = 0, world: int = 1, micro: int = 8, **changes) -> TrainingBatches:
     share = Share(rank=rank, world=world, global_batch=8, micro_batch=micro)
-    settings = {"start": 0, "steps": 6, "sigma": (0.0, 1.0), "drop_t5": 0.3, "text_width": 256, "seed": 3}
+    settings = {"start": 0, "steps": 6, "drop_t5": 0.3, "text_width": 256, "seed": 3, "shared_noise": True}
+    settings["sigmas"] = partial(uniform_sigmas, 0.0, 1.0)
     return TrainingBatches(pairs, mixture(pairs), share, **{**settings, **changes})
 
 
@@ -66,7 +76,7 @@ def test_any_number_of_processes_sees_the_same_batch(pairs: EncodedPairs, world:
         ]
         weight = torch.cat([part.weight for part in parts])
         real, kept = torch.argwhere(weight > 0).flatten(), whole.weight > 0
-        for name in ("sigma", "prompt_embeds", "pooled", "weight", "label"):
+        for name in ("sigma", "prompt_embeds", "pooled", "weight", "label", "number"):
             joined = torch.cat([getattr(part, name) for part in parts])[real]
             assert torch.equal(joined, getattr(whole, name)[kept]), name
         for side in (0, 1):
@@ -90,7 +100,7 @@ def test_both_sides_of_a_pair_share_noise_and_sigma(pairs: EncodedPairs):
 
 
 def test_every_step_draws_noise_of_its_own(pairs: EncodedPairs):
-    data, noise = batches(pairs, sigma=(0.5, 1.0)), []
+    data, noise = batches(pairs, sigmas=partial(uniform_sigmas, 0.5, 1.0)), []
     for step in (0, 1):
         clean = pairs.latents(pairs.columns["chosen"][data.rows(step)].tolist())
         sigma = data[step].sigma.reshape(-1, 1, 1, 1)
@@ -115,7 +125,7 @@ def test_text_lengths_vary_by_step_and_t5_is_sometimes_left_out(pairs: EncodedPa
 
 
 def test_sigmas_fill_their_range_evenly(pairs: EncodedPairs):
-    data = batches(pairs, steps=500, sigma=(0.2, 0.6))
+    data = batches(pairs, steps=500, sigmas=partial(uniform_sigmas, 0.2, 0.6))
     drawn = torch.cat([data.sigmas(step) for step in range(500)])
     assert drawn.min() >= 0.2
     assert drawn.max() <= 0.6
@@ -157,3 +167,38 @@ def test_held_out_views_are_the_same_for_any_number_of_processes(pairs: EncodedP
     assert len(views(world)) == 24
     assert views(world) == views(1)
     assert [sum(int(s * 4) == quarter for s, _ in views(world)) for quarter in range(4)] == [6] * 4
+
+
+def test_each_side_has_a_noise_of_its_own_when_asked(pairs: EncodedPairs):
+    batch = batches(pairs, shared_noise=False, sigmas=partial(uniform_sigmas, 0.5, 1.0))[0]
+    data = batches(pairs)
+    columns, rows = pairs.columns, data.rows(0)
+    sigma = batch.sigma.reshape(-1, 1, 1, 1)
+    clean = [pairs.latents(columns[name][rows].tolist()) for name in ("chosen", "rejected")]
+    first, second = (
+        ((side - (1 - sigma) * x) / sigma).flatten()
+        for side, x in zip(batch.noisy.chunk(2), clean, strict=True)
+    )
+    for noise in (first, second):
+        assert abs(noise.std().item() - 1) < 0.05
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < 0.05
+
+
+def test_logit_normal_sigmas_are_places_of_the_shifted_schedule():
+    drawn = logit_normal_sigmas(3.0, torch.Generator().manual_seed(0), 40_000)
+    even = drawn / (3 - 2 * drawn)  # the shift turned back
+    torch.testing.assert_close(1000 * even, (1000 * even).round(), atol=2e-2, rtol=0)
+    assert drawn.min() > 0
+    assert drawn.max() <= 1
+    # By hand: half of the places lie above 1/2, where the shift makes 3/4; 15.87 % above sigmoid(1) = .7311.
+    assert abs((drawn > 0.75).float().mean().item() - 0.5) < 0.01
+    assert abs((drawn > 3 * 0.7311 / (1 + 2 * 0.7311)).float().mean().item() - 0.1587) < 0.01
+    torch.testing.assert_close(logit_normal_sigmas(1.0, torch.Generator().manual_seed(0), 40_000), even)
+
+
+def test_every_pair_of_a_run_has_its_number(pairs: EncodedPairs):
+    data = batches(pairs, micro=4)
+    numbers = torch.cat([data[index].number for index in range(6)])
+    assert numbers.unique().numel() == numbers.numel()
+    other = batches(pairs, micro=4, seed=4)
+    assert not set(other[0].number.tolist()) & set(numbers.tolist())

@@ -27,7 +27,7 @@ def batch(count: int) -> Batch:
     weight = torch.ones(count).index_fill(0, torch.tensor([count - 1]), 0.0)
     weight[0] = 2.0
     parts = {"label": torch.full((count,), 0.9), "weight": weight, "sigma": torch.rand(count)}
-    nothing = {name: torch.empty(0) for name in ("noisy", "prompt_embeds", "pooled")}
+    nothing = {name: torch.empty(0) for name in ("noisy", "prompt_embeds", "pooled", "number")}
     return Batch(**parts, **nothing)
 
 

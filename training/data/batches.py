@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Batch:
     pooled: Tensor
     weight: Tensor
     label: Tensor
+    number: Tensor  # (B,) whole, another one for every pair of a run: seeds what a head drops
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -122,6 +123,20 @@ class Share:
         return range(start, min(start + size, (self.rank + 1) * self.slots))
 
 
+def uniform_sigmas(low: float, high: float, draw: torch.Generator, count: int) -> Tensor:
+    """(count,) from low to high."""
+    return low + (high - low) * torch.rand(count, generator=draw)
+
+
+def logit_normal_sigmas(shift: float, draw: torch.Generator, count: int) -> Tensor:
+    """(count,) of the schedule 1, 0.999, ..., 0.001 after its shift, s -> shift s / (1 + (shift - 1) s); the
+    place is logit-normal, sigmoid(N(0, 1)) of the way (the DRM authors' and SD3's).
+    """
+    place = (1000 * torch.randn(count, generator=draw).sigmoid()).long().clamp(max=999)
+    even = 1 - place / 1000
+    return shift * even / (1 + (shift - 1) * even)
+
+
 class TrainingBatches(Dataset):
     """Item i is micro-batch i % micro_steps of step `start + i // micro_steps`, for one process."""
 
@@ -133,13 +148,15 @@ class TrainingBatches(Dataset):
         *,
         start: int,
         steps: int,
-        sigma: tuple[float, float],
+        sigmas: Callable[[torch.Generator, int], Tensor],
+        shared_noise: bool,
         drop_t5: float,
         text_width: int,
         seed: int,
     ) -> None:
         self.pairs, self.mixture, self.share = pairs, mixture, share
-        self.start, self.steps, self.sigma, self.drop_t5 = start, steps, sigma, drop_t5
+        self.start, self.steps, self.drop_t5 = start, steps, drop_t5
+        self.draw_sigmas, self.shared_noise = sigmas, shared_noise
         self.text_width, self.seed = text_width, seed
         self._epoch: tuple[int, Tensor] | None = None
 
@@ -160,10 +177,8 @@ class TrainingBatches(Dataset):
         return float(self.pairs.columns["weight"][self.rows(step)].double().sum())
 
     def sigmas(self, step: int) -> Tensor:
-        """(global_batch,) uniform in the range."""
-        low, high = self.sigma
-        uniform = torch.rand(self.share.global_batch, generator=generator(self.seed, 2, step))
-        return low + (high - low) * uniform
+        """(global_batch,)."""
+        return self.draw_sigmas(generator(self.seed, 2, step), self.share.global_batch)
 
     def t5_length(self, step: int) -> int | None:
         """One length for all slots, because SD3 has no attention mask and a batch one shape."""
@@ -179,14 +194,15 @@ class TrainingBatches(Dataset):
         rows, slots = self.rows(step), list(self.share.slots_of(micro))
         real = torch.tensor([slot < len(rows) for slot in slots])
         picked = torch.stack([rows[slot if slot < len(rows) else 0] for slot in slots])
+        draws = [generator(self.seed, 4, step, slot) for slot in slots]
+        sides = 1 if self.shared_noise else 2
         noise = torch.stack(
-            [
-                torch.randn(self.pairs.latent_shape, generator=generator(self.seed, 4, step, slot))
-                for slot in slots
-            ]
+            [torch.randn(sides, *self.pairs.latent_shape, generator=draw) for draw in draws], dim=1
         )
         sigma = self.sigmas(step)[torch.tensor(slots).clamp(max=self.share.global_batch - 1)]
-        return make_batch(self.pairs, picked, noise, sigma, self.t5_length(step), self.text_width, real)
+        batch = make_batch(self.pairs, picked, noise, sigma, self.t5_length(step), self.text_width, real)
+        number = torch.tensor(slots) + step * self.share.global_batch + (self.seed << 32)
+        return dataclasses.replace(batch, number=number)
 
 
 def make_batch(
@@ -198,20 +214,23 @@ def make_batch(
     text_width: int,
     real: Tensor | None = None,
 ) -> Batch:
-    """Reads the pairs `rows` (B,) and noises both sides of each with the same noise (B, C, H, W) at the same
-    sigma (B,). Pairs that are not `real` (B,) get weight 0.
+    """Reads the pairs `rows` (B,) and noises both sides of each at the same sigma (B,), with noise (1, B, C,
+    H, W) for both or (2, B, C, H, W) for one each. Pairs that are not `real` (B,) get weight 0.
     """
     columns = pairs.columns
     chosen, rejected = (pairs.latents(columns[name][rows].tolist()) for name in ("chosen", "rejected"))
     embeds, pooled = pairs.prompts(columns["prompt"][rows].tolist(), t5_length, text_width)
     weight = columns["weight"][rows]
     return Batch(
-        noisy=torch.cat([flow.add_noise(chosen, noise, sigma), flow.add_noise(rejected, noise, sigma)]),
+        noisy=torch.cat(
+            [flow.add_noise(chosen, noise[0], sigma), flow.add_noise(rejected, noise[-1], sigma)]
+        ),
         sigma=sigma,
         prompt_embeds=embeds,
         pooled=pooled,
         weight=weight if real is None else weight * real,
         label=columns["label"][rows],
+        number=torch.zeros(len(rows), dtype=torch.long),
     )
 
 
@@ -251,7 +270,7 @@ class HeldOutBatches(Dataset):
         draws = [generator(self.seed, 5, int(view)) for view in views]
         part = views % self.sigmas_each
         uniform = torch.stack([torch.rand((), generator=draw) for draw in draws])
-        noise = torch.stack([torch.randn(self.pairs.latent_shape, generator=draw) for draw in draws])
+        noise = torch.stack([torch.randn(self.pairs.latent_shape, generator=draw) for draw in draws])[None]
         sigma = (part + uniform) / self.sigmas_each
         rows = self.rows[views // self.sigmas_each]
         return make_batch(self.pairs, rows, noise, sigma, self.t5_length, self.text_width, real)

@@ -36,8 +36,8 @@ class WorkerDied(RuntimeError):  # noqa: N818 - says what happened
 class _Pictures(Dataset):
     """Decodes a batch of the plan's pictures: as Decoded."""
 
-    def __init__(self, folder: Path, resolution: int) -> None:
-        self.folder, self.resolution, self.plan = folder, resolution, None
+    def __init__(self, folder: Path, resolution: int, fit: str) -> None:
+        self.folder, self.resolution, self.fit, self.plan = folder, resolution, fit, None
 
     def __getitem__(self, numbers: list[int]) -> Decoded:
         self.plan = self.plan or Plan(self.folder)  # opened where it is used: maps do not travel to workers
@@ -45,7 +45,7 @@ class _Pictures(Dataset):
         for number in numbers:
             try:
                 image = self.plan.picture(number).open()
-                pixels.append(prepare_picture(image, self.resolution))
+                pixels.append(prepare_picture(image, self.resolution, self.fit))
                 good.append(number)
             except PictureError as error:
                 bad[number] = str(error)
@@ -54,11 +54,11 @@ class _Pictures(Dataset):
 
 
 def decode_ahead(
-    folder: Path, resolution: int, batches: list[list[int]], *, workers: int, pin_memory: bool
+    folder: Path, resolution: int, fit: str, batches: list[list[int]], *, workers: int, pin_memory: bool
 ) -> Iterator[Decoded]:
     """The batches in their order; `folder` is the plan's. WorkerDied when a process is lost."""
     loader = DataLoader(
-        _Pictures(folder, resolution),
+        _Pictures(folder, resolution, fit),
         batch_size=None,
         sampler=batches,
         num_workers=min(workers, len(batches)),

@@ -52,7 +52,10 @@ def source_names(sources: tuple[SourceConfig, ...]) -> list[str]:
 def identity(config: EncodeConfig, encoders: dict[str, str]) -> dict:
     """The settings that decide what a shard holds. Another batch size or worker count may finish a folder."""
     sources = [dataclasses.asdict(dataclasses.replace(source, weight=1.0)) for source in config.sources]
-    shared = {key: getattr(config, key) for key in ("resolution", "t5_lengths", "dtype", "shard_size")}
+    shared = {
+        key: getattr(config, key)
+        for key in ("resolution", "fit", "posterior", "t5_lengths", "dtype", "shard_size")
+    }
     tree = {"version": PLAN_VERSION, "encoders": encoders, **shared, "sources": sources}
     return json.loads(json.dumps(tree))
 

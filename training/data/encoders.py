@@ -1,9 +1,10 @@
 """SD3's VAE and text encoders, from a diffusers pipeline folder.
 
-Latents are in model space, `(z - shift) * scale` with z the mean of the VAE's posterior. A prompt is CLIP-L's
-and CLIP-G's penultimate states side by side, (77, 2048), filled with zeros to T5's 4096, then T5's tokens;
-pooled is the two CLIPs' projections, (2048,). These are StableDiffusion3Pipeline.encode_prompt's own numbers:
-every encoder sees the padding too, so T5's 77 tokens are no part of its 256.
+Latents are in model space, `(z - shift) * scale` with z the mean of the VAE's posterior, or a sample of it.
+A prompt is CLIP-L's and CLIP-G's penultimate states side by side, (77, 2048), filled with zeros to T5's 4096,
+then T5's tokens; pooled is the two CLIPs' projections, (2048,). These are the numbers of
+StableDiffusion3Pipeline.encode_prompt: every encoder sees the padding too, so T5's 77 tokens are no part of
+its 256.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ class EncoderError(ValueError):
     """The folder's encoders cannot be used; the message says which part and what to do."""
 
 
-def prepare_picture(image: Image.Image, resolution: int) -> np.ndarray:
-    """(resolution, resolution, 3) uint8: the centre square of an RGB picture, Lanczos-resampled."""
+def prepare_picture(image: Image.Image, resolution: int, fit: str = "centre") -> np.ndarray:
+    """(resolution, resolution, 3) uint8: the centre square of an RGB picture, Lanczos-resampled; or with fit
+    "square" all of it, bicubic.
+    """
+    if fit == "square":
+        return np.asarray(image.resize((resolution, resolution), Image.Resampling.BICUBIC))
     short = min(image.size)
     left, top = (image.width - short) / 2, (image.height - short) / 2
     box = (left, top, left + short, top + short)
@@ -160,10 +165,16 @@ class SD3Encoders:
         return T5_WIDTH
 
     @torch.inference_mode()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, 16, H/8, W/8) float32 latents in model space."""
+    def encode_pixels(self, pixels: Tensor, draws: Sequence[torch.Generator] | None = None) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, 16, H/8, W/8) float32 latents in model space: means of the posterior, or
+        samples by `draws`, a CPU generator for each.
+        """
         images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
-        z = self.vae.encode(images).latent_dist.mode()
+        posterior = self.vae.encode(images).latent_dist
+        z = posterior.mode()
+        if draws is not None:
+            noise = torch.stack([torch.randn(z.shape[1:], generator=draw) for draw in draws])
+            z = z + posterior.std * noise.to(z)
         config = self._vae_config
         return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import Dataset
 
 from drm import save_drm
+from drm.head import ConvGNHead
 from training.config import DRMConfig, TrainConfig
 from training.data.batches import (
     Batch,
@@ -30,7 +32,9 @@ from training.data.batches import (
     Share,
     TrainingBatches,
     generator,
+    logit_normal_sigmas,
     timed_batches,
+    uniform_sigmas,
 )
 from training.data.shards import EncodedPairs
 from training.engine import checkpoints
@@ -127,6 +131,11 @@ class Trainer:
             "pairs": len(self.pairs),
         }
 
+    def _sigmas(self) -> Callable[[torch.Generator, int], Tensor]:
+        if self.settings.sigma_draw == "uniform":
+            return functools.partial(uniform_sigmas, *self.settings.sigma)
+        return functools.partial(logit_normal_sigmas, self.settings.shift)
+
     def _batches(self, data: Dataset) -> Iterator[tuple[Batch, float]]:
         return timed_batches(data, self.settings.workers, pin_memory=self.device.type == "cuda")
 
@@ -137,7 +146,8 @@ class Trainer:
             self.share,
             start=start,
             steps=self.steps,
-            sigma=self.settings.sigma,
+            sigmas=self._sigmas(),
+            shared_noise=self.settings.noise == "shared",
             drop_t5=self.config.data.drop_t5,
             text_width=self.text_width,
             seed=self.settings.seed,
@@ -191,6 +201,10 @@ class Trainer:
 
     def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B,) each, of chosen and rejected."""
+        head = self.progress.learned.head
+        if isinstance(head, ConvGNHead):
+            # Both sides of a pair drop alike, so that they differ in the pictures alone.
+            head.drop.numbers = batch.number.repeat(2).tolist()
         with self.autocast:
             scores = self.model(
                 batch.noisy,
@@ -219,8 +233,10 @@ class Trainer:
             text_width=self.text_width,
             seed=self.settings.seed,
         )
+        self.model.eval()
         with self.progress.with_averages():
             found = [self._held_out_scores(batch.to(self.device)) for batch, _ in self._batches(data)]
+        self.model.train()
         gathered = self.accelerator.gather(torch.stack(found, dim=1))
         win, lose, sigma = in_order(gathered)
         sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]

@@ -17,7 +17,7 @@ import torch
 from drm import DRM, DRMFileError, load_drm
 from drm.backbone import TruncatedSD3
 from drm.checkpoint import read_header
-from drm.head import ConvHead
+from drm.head import ConvGNHead, ConvHead
 from drm.lora import LORA_TARGETS
 from drm.sd3.base_model import load_backbone
 from training.config import ModelConfig
@@ -41,7 +41,10 @@ def build(config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.f
     if is_reward_model(config.base):
         drm = load_drm(config.base)
     else:
-        backbone = load_backbone(config.base, config.num_kept, coarse=config.coarse)
+        keeps_output = config.head == "conv_gn"
+        backbone = load_backbone(
+            config.base, config.num_kept, coarse=config.coarse, keeps_output=keeps_output
+        )
         drm = fresh(backbone, config.head_hidden, seed=seed, random_backbone=config.random_backbone)
     return make_trainable(drm, config, seed=seed, frozen_dtype=frozen_dtype)
 
@@ -63,10 +66,16 @@ def make_trainable(
 
 
 def fresh(backbone: TruncatedSD3, hidden: int, *, seed: int, random_backbone: bool = False) -> DRM:
-    """A fresh head on `backbone`, or on one of its shape with fresh weights."""
+    """A fresh head on `backbone`, or on one of its shape with fresh weights: ConvGNHead where the backbone
+    keeps the model's last layers, which it reads, else ConvHead.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = ConvHead(backbone.config.width, hidden)
+        head = (
+            ConvGNHead(backbone.config.in_channels)
+            if backbone.config.keeps_output
+            else ConvHead(backbone.config.width, hidden)
+        )
         if random_backbone:
             backbone = TruncatedSD3(backbone.config)
     return DRM(backbone, head)
