@@ -47,7 +47,8 @@ class EvaluationError(RuntimeError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """`encoders`: a diffusers SD3 folder (for `models`). `baselines`: name to clip:FOLDER, pickscore:FOLDER
-    or module:function. `bad_rows`: share of a test set that may be unusable.
+    or module:function. `fit`: see training.config.EncodeConfig. `bad_rows`: share of a test set that may be
+    unusable.
     """
 
     version: Annotated[int, Range(1, VERSION)]
@@ -58,6 +59,7 @@ class EvaluateConfig:
     out: str = "runs/evaluation"
     sigmas: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75)
     resolution: Resolution = 512
+    fit: Literal["centre", "square"] = "centre"
     batch: Count = 16
     workers: Workers = 4
     device: str = "auto"
@@ -89,6 +91,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         Path(config.out) / "scores",
         encoders,
         resolution=config.resolution,
+        fit=config.fit,
         seed=config.seed,
         batch_size=config.batch,
         workers=config.workers,
@@ -214,6 +217,8 @@ def _model_scorer(
     sha256, encoded_by = test_sets.file_sha256(Path(path)), _encoders_fingerprint(encoders)
     dtype = str(encoders.dtype).removeprefix("torch.")
     how = [sha256, encoded_by, t5_length, config.resolution, config.seed, dtype, encoders.device.type]
+    if config.fit != "centre":  # scores of before this was a setting stay good
+        how.append(config.fit)
     scorer = picture_scores.ModelScorer(
         name=name,
         fingerprint=hashlib.sha256(json.dumps([*how, torch.__version__]).encode()).hexdigest(),

@@ -24,6 +24,7 @@ def write_config(path, data, **changes):
     places = {name: {"path": str(data / "pickapic")} for name in FORMATS if name.startswith("pickapic")}
     for name in ("imagereward", "hpdv2", "hpdv3"):
         places[name] = {"path": str(data / name / "test.json")}
+    places["pairs"] = {"path": str(data / "hpdv3" / "test.json")}
     tree = {
         "version": 1,
         "benchmarks": places,

@@ -63,6 +63,16 @@ def test_the_paper_s_recipe_is_the_one_shipped():
     assert (train.global_batch, train.learning_rate, train.epochs) == (128, 1e-5, 1.0)
     assert {source.format for source in config.encode.sources} == {"hpdv3", "pickapic", "imagereward"}
     assert config.encode.resolution == 512
+    assert (config.encode.fit, config.encode.posterior, config.encode.t5_lengths) == (
+        "square",
+        "sample",
+        (512,),
+    )
+    assert (train.noise, train.sigma_draw, train.shift, train.ema) == ("independent", "logit-normal", 3.0, 0)
+    assert (config.model.head, train.weight_decay) == ("conv_gn", 1e-4)
+    assert {source.min_confidence for source in config.encode.sources} == {0.95}
+    large = read_config(CONFIGS / "drm_sd35_large.yaml", DRMConfig)
+    assert (large.model.num_kept, large.train.shift, large.train.global_batch) == (33, 1.0, 128)
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,33 @@ def test_missing_foreign_and_damaged_parts_are_named(made, tmp_path):
     (folder / "vae/config.json").write_text(json.dumps(config | {"latent_channels": 4}))
     with pytest.raises(EncoderError, match="4 latent channels, SD3's makes 16"):
         SD3Encoders.from_folder(folder)
+
+
+def test_a_whole_picture_is_pressed_into_a_square():
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste((0, 0, 255), (150, 0, 300, 100))
+    square = prepare_picture(wide, 64, "square")
+    assert square.shape == (64, 64, 3)
+    assert (square[:, :28] == np.array([255, 0, 0])).all()
+    assert (square[:, 36:] == np.array([0, 0, 255])).all()
+    wanted = wide.resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.array_equal(square, np.asarray(wanted))
+
+
+def test_samples_of_the_posterior_have_its_spread_and_their_own_seed(made, encoders):
+    pixels = torch.from_numpy(np.stack([prepare_picture(tile(0, 0), 128)] * 2))
+
+    def sample(*seeds):
+        return encoders.encode_pixels(pixels, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = made[0].vae.encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(7))
+    wanted = (posterior.mean[0] + posterior.std[0] * noise - 0.0609) * 1.5305
+    found = sample(7, 8)
+    torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found, sample(7, 8))
+    mean = encoders.encode_pixels(pixels)
+    assert (found[0] - mean[0]).abs().mean() > 0

@@ -25,7 +25,7 @@ from training.evaluation.picture_scores import prompt_noise, t5_length
 from training.evaluation.test_sets import FORMATS, drop_unscored, source_of
 
 ROWS = {"imagereward": 3, "pickapic_test": 7, "pickapic_test_unique": 4, "pickapic_validation_unique": 3}
-ROWS |= {"hpdv2": 3, "hpdv3": 4}
+ROWS |= {"hpdv2": 3, "hpdv3": 4, "pairs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,8 @@ def accuracies(config, score):
                 inversions += ranks[i] < ranks[j] and scores[i] < scores[j]
         per_prompt.append(1 - inversions / (n * (n - 1) / 2))
     found["hpdv2"] = np.mean(per_prompt)
-    found["hpdv3"] = np.mean([scores[0] > scores[1] for _, scores in scored("hpdv3")])
+    for name in ("hpdv3", "pairs"):
+        found[name] = np.mean([scores[0] > scores[1] for _, scores in scored(name)])
     for column, name in (("pickscore_unique", "pickapic_test_unique"), ("pickscore_test", "pickapic_test")):
         untied = [(ranks, scores) for ranks, scores in scored(name) if ranks[0] != ranks[1]]
         found[column] = np.mean(

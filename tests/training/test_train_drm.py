@@ -202,3 +202,24 @@ def test_bfloat16_and_checkpointing_change_little(files: Path, reference: Path):
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16")))
     losses = [row["loss"] for row in numbers(files / "half" / "log.jsonl")]
     assert losses == pytest.approx([row["loss"] for row in numbers(reference / "log.jsonl")][:3], abs=2e-2)
+
+
+@pytest.mark.parametrize("part", ["full", "lora", "head"])
+def test_the_authors_recipe_is_one_run_however_it_is_cut_or_spread(files: Path, part: str):
+    """Their head with its dropout, noise of its own for each side, logit-normal sigmas, no averages."""
+    model = {"head": "conv_gn", "train": part, "lora_rank": 4}
+    recipe = {"noise": "independent", "sigma_draw": "logit-normal", "ema": 0.0, "weight_decay": 1e-4}
+    outs = {name: files / f"authors_{part}_{name}" for name in ("whole", "parted", "two")}
+    train(make_config(files, model=model, out=str(outs["whole"]), steps=4, **recipe))
+    for steps in (2, 4):
+        train(make_config(files, model=model, out=str(outs["parted"]), steps=steps, **recipe))
+    train(make_config(files, model=model, out=str(outs["two"]), steps=4, micro_batch=4, **recipe), world=2)
+    losses = {name: [row["loss"] for row in numbers(out / "log.jsonl")][-4:] for name, out in outs.items()}
+    assert losses["parted"] == losses["whole"]
+    # Later on Adam may have made whole steps of rounding errors, see `scores`.
+    assert losses["two"][:3] == pytest.approx(losses["whole"][:3], abs=1e-5)
+    assert torch.equal(scores(outs["parted"]), scores(outs["whole"]))
+    drm = load_drm(outs["whole"] / "reward.safetensors")
+    assert drm.head.to_dict()["kind"] == "conv_gn"
+    before = {name: value for name, value in drm.backbone.state_dict().items() if "proj_out" in name}
+    assert before.keys() == {"proj_out.weight", "proj_out.bias"}

@@ -23,6 +23,7 @@ TITLES = {
     "pickscore_test": "PickScore test, no ties",
     "hpdv2": "HPDv2",
     "hpdv3": "HPDv3",
+    "pairs": "own pairs",
 }
 # Published preference accuracy in %: ImageReward, PickScore, HPDv2, HPDv3 (DRM, CVPR 2026).
 PAPER = {
@@ -106,7 +107,7 @@ def _percent(result: dict) -> str:
 
 def _published(figures: tuple[float, float, float, float]) -> list[str]:
     imagereward, pickscore, hpdv2, hpdv3 = (f"{figure:.1f}" for figure in figures)
-    return [imagereward, f"{pickscore} (*)", "-", "-", hpdv2, hpdv3]
+    return [imagereward, f"{pickscore} (*)", "-", "-", hpdv2, hpdv3, "-"]
 
 
 def _rows_of_sets(tree: dict) -> str:

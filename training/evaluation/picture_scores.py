@@ -233,6 +233,7 @@ def score_all(
     encoders: SD3Encoders | None,
     *,
     resolution: int,
+    fit: str = "centre",
     seed: int,
     batch_size: int,
     workers: int,
@@ -255,7 +256,7 @@ def score_all(
     left = sum(len(part) for part, _ in todo)
     bar = tqdm(total=len(jobs), initial=len(jobs) - left, desc="scoring", unit="picture", dynamic_ncols=True)
     with bar:
-        found = open_ahead([part for part, _ in todo], workers, resolution if encoders else None)
+        found = open_ahead([part for part, _ in todo], workers, resolution if encoders else None, fit)
         for (part, asked), opened in zip(todo, found, strict=True):
             bad.add({job.digest: one for job, one in zip(part, opened, strict=True) if isinstance(one, str)})
             usable = [(job, one) for job, one in zip(part, opened, strict=True) if isinstance(one, Opened)]
@@ -287,20 +288,20 @@ def _scored(scorer: Scorer, batch: Batch, sigma: float | None) -> dict[tuple[str
 
 
 def open_ahead(
-    parts: Sequence[Sequence[Job]], workers: int, resolution: int | None
+    parts: Sequence[Sequence[Job]], workers: int, resolution: int | None, fit: str
 ) -> Iterator[list[Opened | str]]:
     """The pictures of each part, or the reason why not, made ready by threads a few parts ahead."""
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
         waiting: collections.deque = collections.deque()
         for part in parts:
-            waiting.append([pool.submit(_open, job.picture, resolution) for job in part])
+            waiting.append([pool.submit(_open, job.picture, resolution, fit) for job in part])
             if len(waiting) > AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
             yield [future.result() for future in waiting.popleft()]
 
 
-def _open(picture: Picture, resolution: int | None) -> Opened | str:
+def _open(picture: Picture, resolution: int | None, fit: str) -> Opened | str:
     try:
         image = picture.open()
     except PictureError as error:
@@ -309,4 +310,4 @@ def _open(picture: Picture, resolution: int | None) -> Opened | str:
         return Opened(image, None)
     from training.data.encoders import prepare_picture
 
-    return Opened(image, prepare_picture(image, resolution))
+    return Opened(image, prepare_picture(image, resolution, fit))

@@ -7,6 +7,9 @@ pickscore_unique     Pick-a-Pic test_unique                         pickscore_un
 pickscore_test       Pick-a-Pic test                                pickscore_untied
 hpdv2                test.json                                      hpdv2
 hpdv3                test.json                                      hpdv3
+pairs                prompt, path1 (preferred), path2, confidence   hpdv3
+
+`pairs` is a file of one's own as the DRM authors' code reads it; theirs is sigma 0 and fit square.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ FORMATS = {
     "pickapic_validation_unique": "pickapic",
     "hpdv2": "hpdv2",
     "hpdv3": "hpdv3",
+    "pairs": "hpdv3",
 }
 # Columns of the table and the test sets each needs.
 COLUMNS = {
@@ -40,6 +44,7 @@ COLUMNS = {
     "pickscore_test": ("pickapic_test",),
     "hpdv2": ("hpdv2",),
     "hpdv3": ("hpdv3",),
+    "pairs": ("pairs",),
 }
 
 
@@ -68,6 +73,7 @@ class BenchmarksConfig:
     pickapic_validation_unique: BenchmarkConfig | None = None
     hpdv2: BenchmarkConfig | None = None
     hpdv3: BenchmarkConfig | None = None
+    pairs: BenchmarkConfig | None = None
 
 
 def read_benchmarks(
@@ -179,7 +185,7 @@ def count(
     own = rankings[COLUMNS[column][0]]
     scores = [score(ranking) for ranking in own]
     prompts = [ranking.prompt for ranking in own]
-    if column == "hpdv3":
+    if column in ("hpdv3", "pairs"):
         return protocols.hpdv3(*_in_order(own, scores)), None
     if column in ("imagereward", "hpdv2"):
         return getattr(protocols, column)(scores, [ranking.ranks for ranking in own]), None

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import Dataset
@@ -73,6 +74,11 @@ class Trainer:
     def __init__(self, config: DRMConfig) -> None:
         self.config, self.settings, self.out = config, config.train, Path(config.train.out)
         self.accelerator = make_accelerator(self.out)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise TrainingError(
+                "DeepSpeed steps its optimiser by itself, which this trainer does not know of: launch with"
+                " training/configs/accelerate_fsdp.yaml, which shares out as much"
+            )
         self.device = self.accelerator.device
         self.pairs = EncodedPairs(config.data.encoded)
         half = self.settings.precision == "bf16"
