@@ -172,13 +172,14 @@ def fingerprint(weights: Mapping[str, Tensor], layout: str) -> dict:
     """Tells one base model from another: {layout, shapes, values}, a few hundred bytes.
 
     weights: of the trunk's blocks, by name. layout: whose names they are; fingerprints of two layouts do not
-    compare. shapes: sha256 of names and shapes. values: 64 sampled numbers, none where weights are packed.
+    compare. shapes: sha256 of names and shapes. values: 64 sampled numbers, none where weights are packed
+    or not at hand.
     """
     matrices = {name: weights[name] for name in sorted(weights) if weights[name].ndim > 1}
     text = "\n".join(f"{name} {tuple(value.shape)}" for name, value in matrices.items())
     names = list(matrices)[:: max(1, len(matrices) // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]
-    packed = any(not matrices[name].is_floating_point() for name in names)
-    values = [] if packed else [value for name in names for value in _sampled(matrices[name])]
+    unread = any(matrices[name].is_meta or not matrices[name].is_floating_point() for name in names)
+    values = [] if unread else [value for name in names for value in _sampled(matrices[name])]
     return {"layout": layout, "shapes": hashlib.sha256(text.encode()).hexdigest(), "values": values}
 
 
