@@ -285,7 +285,8 @@ def check_drm_fits(
 
 def _check_sd3(model: comfy.model_patcher.ModelPatcher) -> None:
     latent_format = model.get_model_object("latent_format")
-    if not isinstance(latent_format, type(LATENT_FORMAT)):
+    # FLUX's format inherits from SD3's, and is another.
+    if type(latent_format) is not type(LATENT_FORMAT):
         raise ValueError(
             f"the MODEL ({model.model.__class__.__name__}, {latent_format.latent_channels} latent channels)"
             " is not of the SD3 family, whose latents this DRM reads: load SD3.5, or a DRM whose head was"
