@@ -304,3 +304,16 @@ def load_drm(
     drm.metadata = dict(header.get("metadata") or {})
     drm.metadata |= {name: header[name] for name in _OWN_FIELDS if header.get(name) is not None}
     return drm.eval()
+
+
+def load_whole_drm(
+    path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> DRM:
+    """`load_drm` of a file that must have a backbone of its own; DRMFileError for one that has not."""
+    drm = load_drm(path, device, dtype)
+    if isinstance(drm, SharedDRM):
+        raise DRMFileError(
+            f"{Path(path).name} is a head that reads the tokens of a {drm.trunk.family} model and has no"
+            " backbone of its own, which is needed here: choose a whole reward model"
+        )
+    return drm

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drm import DRM, SharedDRM, load_drm, save_drm
-from drm.checkpoint import DRMFileError, read_header
+from drm.checkpoint import DRMFileError, load_whole_drm, read_header
 from drm.head import ConvHead, QueryHead
 from drm.shared import SharedScorer, Taps, TrunkFacts, fingerprint, unlike
 from drm.stepwise import sample_stepwise
@@ -60,6 +60,14 @@ def test_own_backbones_load_as_before(drm, inputs, tmp_path):
     loaded = load_drm(path)
     assert isinstance(loaded, DRM)
     assert torch.equal(loaded.score(inputs[0], 0.4, *inputs[1:]), drm.score(inputs[0], 0.4, *inputs[1:]))
+
+
+def test_where_a_backbone_is_needed_a_head_is_refused(drm, tmp_path):
+    save_drm(shared(), tmp_path / "taste.safetensors")
+    save_drm(drm, tmp_path / "own.safetensors")
+    assert isinstance(load_whole_drm(tmp_path / "own.safetensors"), DRM)
+    with pytest.raises(DRMFileError, match="is a head that reads the tokens of a flux model"):
+        load_whole_drm(tmp_path / "taste.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["conv", "query"])

@@ -22,7 +22,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
-from drm import DRM, flow, grpo, load_drm
+from drm import DRM, flow, grpo
+from drm.checkpoint import load_whole_drm
 from drm.lora import load_lora
 from training.data.batches import Share, generator
 from training.data.decoders import load_decoder
@@ -82,7 +83,7 @@ class Trainer:
 
     def _load_drm(self, path: str) -> DRM:
         half = self.config.model.precision == "bf16"
-        drm = load_drm(path, self.device, torch.bfloat16 if half else torch.float32)
+        drm = load_whole_drm(path, self.device, torch.bfloat16 if half else torch.float32)
         return drm.requires_grad_(False)
 
     def _held_out(self, prompts: list[str]) -> HeldOut:
