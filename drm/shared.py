@@ -10,7 +10,7 @@ from: ComfyUI's MODEL (nodes/trunk.py) or a transformer of diffusers (diffusers_
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -178,14 +178,23 @@ def fingerprint(weights: Mapping[str, Tensor], layout: str) -> dict:
     matrices = {name: weights[name] for name in sorted(weights) if weights[name].ndim > 1}
     text = "\n".join(f"{name} {tuple(value.shape)}" for name, value in matrices.items())
     names = list(matrices)[:: max(1, len(matrices) // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]
-    unread = any(matrices[name].is_meta or not matrices[name].is_floating_point() for name in names)
-    values = [] if unread else [value for name in names for value in _sampled(matrices[name])]
-    return {"layout": layout, "shapes": hashlib.sha256(text.encode()).hexdigest(), "values": values}
+    values = [value for name in names for value in _sampled(matrices[name])]
+    whole = len(values) == len(names) * _SAMPLED_VALUES
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"layout": layout, "shapes": digest, "values": values if whole else []}
 
 
-def _sampled(weight: Tensor) -> Iterable[float]:
+def _sampled(weight: Tensor) -> list[float]:
+    """A few values from all over a weight; none of one that is packed or not in memory."""
     places = [(2 * i + 1) * weight.numel() // (2 * _SAMPLED_VALUES) for i in range(_SAMPLED_VALUES)]
-    return [float(f"{value:.6g}") for value in weight.detach().reshape(-1)[places].float().tolist()]
+    if not weight.is_floating_point() or weight.is_meta:
+        return []
+    try:
+        values = weight.detach().reshape(-1)[places].float().tolist()
+    except (NotImplementedError, RuntimeError, TypeError):
+        # Quantised kinds of tensors need not know how to be indexed.
+        return []
+    return [float(f"{value:.6g}") for value in values]
 
 
 def unlike(known: dict | None, found: dict | None) -> str | None:

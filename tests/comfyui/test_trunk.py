@@ -250,3 +250,50 @@ def test_caches_do_not_answer_for_the_network(pack, trunk):
             found = tokens_of(pack, tiny, x, positive, tiny.taps, model=cached)
             assert all(torch.equal(a, b) for a, b in zip(found.tokens, plain.tokens, strict=True))
             assert torch.equal(stock(tiny, model=cached), before)
+
+
+def test_weights_in_eight_bits(pack, trunk):
+    """fp8 weights, cast as they are used: still what a whole pass has, and near the full ones."""
+    for name in ("flux", "qwen_image", "z_image"):
+        tiny, small = load_family(name), load_family(name, options={"dtype": torch.float8_e4m3fn})
+        x, positive = tiny.latent(2, seed=1)["samples"], tiny.conditioning(0)
+        assert small.model.model_dtype() == torch.float8_e4m3fn
+        found = tokens_of(pack, small, x, positive, small.taps)
+        length = found.rows * found.columns
+        whole = image_of(recorded(pack, small, x, positive, small.taps[-1]), length)
+        assert any(torch.equal(found.tokens[-1], part) for part in whole)
+        full = tokens_of(pack, tiny, x, positive, tiny.taps).tokens[0]
+        assert 0 < (found.tokens[0].float() - full).std() / full.std() < 0.2
+
+
+def test_a_model_that_is_partly_offloaded(pack, trunk):
+    """Weights that are cast at every use, with a LoRA worked in then too."""
+    tiny = load_family("flux")
+    x, positive = tiny.latent(2, seed=1)["samples"], tiny.conditioning(0)
+    patched = with_lora(trunk, tiny)
+    plain = tokens_of(pack, tiny, x, positive, tiny.taps, model=patched)
+    patched.detach()
+    with torch.inference_mode():
+        patched.load(torch.device("cpu"), lowvram_model_memory=1)
+    assert patched.model.model_lowvram
+    found = tokens_of(pack, tiny, x, positive, tiny.taps, model=patched)
+    for a, b in zip(found.tokens, plain.tokens, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_compiled_model_is_not_compiled_for_it(pack, trunk):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    tiny, compiled = load_family("flux"), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = tiny.model.clone()
+    set_torch_compile_wrapper(model, backend=backend)
+    x, positive = tiny.latent(2, seed=1)["samples"], tiny.conditioning(0)
+    found = tokens_of(pack, tiny, x, positive, tiny.taps, model=model)
+    plain = tokens_of(pack, tiny, x, positive, tiny.taps)
+    assert all(torch.equal(a, b) for a, b in zip(found.tokens, plain.tokens, strict=True))
+    assert compiled == []
