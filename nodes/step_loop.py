@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..drm.presets import PRESETS, Branching
 from ..drm.sde import KINDS
-from . import adapters, trace_metadata, trunk
+from . import adapters, reuse, trace_metadata, trunk
 from .traces import trace_to_dict
 
 MAX_BRANCHES = 1024
@@ -159,6 +159,10 @@ def sample_with_drm(
             return adapters.without_frames(masked.denoise(x, sigma))
         return adapters.without_frames(model(x, sigma * x.new_ones([x.shape[0]]), **extra_args))
 
+    reused = None
+    if adapters.is_shared(drm) and extra_args.get("denoise_mask") is None:
+        denoise = reused = reuse.Reuse(scorer.tokens, guider, denoise)
+
     def reimpose(candidate: Tensor, sigma_next: Tensor) -> Tensor:
         return adapters.without_frames(masked.reimpose(framed(candidate), sigma_next))
 
@@ -176,6 +180,7 @@ def sample_with_drm(
     if adapters.is_shared(drm) and trace.spent is not None:
         share = trunk.share_of_pass(base, drm.model.trunk.taps[-1])
         trace.spent["trunk"] = round(share * scorer.walked, 3)
+        trace.spent["reused"] = round(share * (reused.saved if reused else 0), 3)
     trace_metadata.record(trace_to_dict(trace))
     latents = framed(latents)
     final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)

@@ -8,9 +8,10 @@ ComfyUI samples: the weights are in place then.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.model_base
 import comfy.model_management as mm
@@ -195,6 +196,14 @@ def check_fits(
         )
 
 
+class Kept(NamedTuple):
+    """Candidates (n, C, H, W) at sigma, and what left the last block read."""
+
+    sigma: float
+    latents: Tensor
+    output: Output
+
+
 class Trunk:
     """The tokens of the MODEL that is being sampled, each latent with the prompt of its item of the batch.
 
@@ -216,23 +225,29 @@ class Trunk:
         self.shown = {"latent_image": latent_image, "denoise_mask": denoise_mask}
         self.base, self.prompts, self.like, self.taps = base, prompts, like, taps
         self.family, self.network, self.blocks = family_of(base), adapters.network_of(base), blocks_of(base)
-        self.options = without_caches(model_options)
+        self.model_options, self.options = model_options, without_caches(model_options)
+        # For reuse.py: what left the last block read, and the shape of what left those before.
+        self.keeps, self.kept, self.shapes = False, [], {}
         self._entries: dict[int, dict] = {}
 
     def __call__(self, x: Tensor, sigma: float, items: Tensor) -> "Taps":
         from ..drm.shared import Taps
         from ..drm.tap import tap
 
-        entry = _rows(self._entry(sigma), items)
+        entry = _rows(self.entry(sigma), items)
         latents = x.unsqueeze(2) if self.like.ndim == 5 else x
         levels = torch.full((len(x),), float(sigma), device=x.device)
-        outputs = tap(
-            self.blocks,
-            self._read(),
-            lambda: comfy.samplers.calc_cond_batch(self.base, [[entry]], latents, levels, self.options),
-        )
+        with self._noting_shapes():
+            outputs = tap(
+                self.blocks,
+                self._read(),
+                lambda: comfy.samplers.calc_cond_batch(self.base, [[entry]], latents, levels, self.options),
+            )
         rows, columns = token_grid(self.network, *x.shape[-2:])
         found = [self.family.image(outputs, number, rows * columns, self.network) for number in self.taps]
+        if self.keeps:
+            self.kept = [kept for kept in self.kept if kept.sigma == float(sigma)]
+            self.kept.append(Kept(float(sigma), x, outputs[self.taps[-1]]))
         return Taps(found, rows, columns)
 
     def _read(self) -> list[int]:
@@ -242,7 +257,27 @@ class Trunk:
         first = len(getattr(self.network, self.family.lists[0]))
         return [*self.taps, first] if self.taps[-1] > first else list(self.taps)
 
-    def _entry(self, sigma: float) -> dict:
+    @contextmanager
+    def _noting_shapes(self) -> Iterator[None]:
+        def note(number: int) -> Callable:
+            def hook(module: torch.nn.Module, inputs: tuple, output: Output) -> None:
+                parts = [output] if isinstance(output, Tensor) else output
+                rows = [
+                    part if part is None else part.new_zeros(()).expand(1, *part.shape[1:]) for part in parts
+                ]
+                self.shapes[number] = rows[0] if isinstance(output, Tensor) else tuple(rows)
+
+            return hook
+
+        before = enumerate(self.blocks[: self.taps[-1] - 1], start=1) if self.keeps else ()
+        handles = [block.register_forward_hook(note(number)) for number, block in before]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def entry(self, sigma: float) -> dict:
         """The prompt read at sigma, made ready by the MODEL's own conditioning."""
         prompt = self.prompts.read_at(sigma)
         if id(prompt) not in self._entries:
