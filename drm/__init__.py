@@ -12,12 +12,14 @@ from importlib import import_module
 __all__ = [
     "DRM",
     "DRMFileError",
+    "SharedDRM",
     "backbone",
     "branching",
     "checkpoint",
     "choice",
     "comfy_layout",
     "compiling",
+    "diffusers_trunk",
     "flow",
     "grpo",
     "head",
@@ -30,10 +32,18 @@ __all__ = [
     "save_drm",
     "scoring",
     "sde",
+    "shared",
     "stepwise",
+    "tap",
 ]
 
-_HOME = {"DRM": "model", "DRMFileError": "checkpoint", "load_drm": "checkpoint", "save_drm": "checkpoint"}
+_HOME = {
+    "DRM": "model",
+    "DRMFileError": "checkpoint",
+    "SharedDRM": "shared",
+    "load_drm": "checkpoint",
+    "save_drm": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> object:

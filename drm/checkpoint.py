@@ -6,7 +6,8 @@ Safetensors metadata is text to text; ours is
     header   JSON: architecture {backbone {kind, ...}, head {kind, ...}}, sigma (convention), text_length,
              calibration, shown (scale and offset of the score people see), sha256 of the weights,
              metadata (anything its maker wrote)
-The weights are `backbone.*` in any float dtype and `head.*` in float32. Older files may have `early_heads.*`
+The weights are `backbone.*` in any float dtype and `head.*` in float32; a file of backbone kind "shared" has
+`reader.*` in float32 in the backbone's place (shared.py). Older files may have `early_heads.*`
 too, which are not used. The file is written beside its target and renamed, so a reader never sees half of
 one.
 """
@@ -25,12 +26,15 @@ from torch import Tensor
 from .backbone import KIND, BackboneConfig, TruncatedSD3
 from .head import ConvGNHead, ConvHead, QueryHead
 from .model import DRM
+from .shared import KIND as SHARED
+from .shared import SharedDRM, TrunkFacts
 
 FORMAT = "drm-reward-model"
 VERSION = 1
 SIGMA_CONVENTION = "x = (1 - sigma) * x0 + sigma * noise; timestep = 1000 * sigma"
 # Heads after earlier blocks, which files of the first versions have.
 _UNUSED = "early_heads."
+_OURS = ("backbone.transformer_blocks.", "reader.taps.")
 _OWN_FIELDS = ("text_length", "calibration", "shown")
 
 # What else people have in their folders, told by a piece of a key that only it (or what follows) has.
@@ -82,7 +86,10 @@ _SOUND: set[tuple[str, int, int]] = set()
 
 
 def save_drm(
-    drm: DRM, path: str | os.PathLike, metadata: dict | None = None, dtype: torch.dtype | None = None
+    drm: DRM | SharedDRM,
+    path: str | os.PathLike,
+    metadata: dict | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the model to path (.safetensors), atomically.
 
@@ -101,9 +108,12 @@ def save_drm(
         key: value.detach().to("cpu", dtype if key.startswith("backbone.") else None).contiguous()
         for key, value in drm.state_dict().items()
     }
-    architecture = {"backbone": {"kind": KIND, **drm.backbone.config.to_dict()}, "head": drm.head.to_dict()}
+    backbone = (SHARED, drm.trunk) if isinstance(drm, SharedDRM) else (KIND, drm.backbone.config)
     header = {
-        "architecture": architecture,
+        "architecture": {
+            "backbone": {"kind": backbone[0], **backbone[1].to_dict()},
+            "head": drm.head.to_dict(),
+        },
         "sigma": SIGMA_CONVENTION,
         **{name: facts.pop(name, None) for name in _OWN_FIELDS},
         "sha256": _digest(tensors),
@@ -160,7 +170,7 @@ def _open(path: Path):
 
 def _parse_header(name: str, text: dict[str, str], keys: Iterable[str]) -> dict:
     keys = list(keys)
-    if text.get("format") != FORMAT and any(key.startswith("backbone.transformer_blocks.") for key in keys):
+    if text.get("format") != FORMAT and any(key.startswith(_OURS) for key in keys):
         raise DRMFileError(
             f"{name} has a reward model's weights without its header: another program saved it, take the"
             " file as it was made"
@@ -205,7 +215,7 @@ def read_header(path: str | os.PathLike) -> dict:
         return _parse_header(path.name, file.metadata() or {}, file.keys())
 
 
-def _build(name: str, architecture: dict) -> DRM:
+def _build(name: str, architecture: dict) -> DRM | SharedDRM:
     try:
         backbone = {
             name: tuple(value) if isinstance(value, list) else value
@@ -213,9 +223,13 @@ def _build(name: str, architecture: dict) -> DRM:
         }
         # Files from before the field had a name for it are SD3's.
         kind = backbone.pop("kind", KIND)
-        if kind != KIND:
-            raise ValueError(f"its backbone is of kind {kind!r}, known is {KIND!r}; update ComfyUI-DRM")
+        if kind not in (KIND, SHARED):
+            raise ValueError(
+                f"its backbone is of kind {kind!r}, known are {KIND!r} and {SHARED!r}; update ComfyUI-DRM"
+            )
         with torch.device("meta"):
+            if kind == SHARED:
+                return SharedDRM(TrunkFacts(**backbone), _build_head(architecture["head"]))
             return DRM(TruncatedSD3(BackboneConfig(**backbone)), _build_head(architecture["head"]))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DRMFileError(f"{name} describes a model this code cannot build: {error}") from error
@@ -264,8 +278,9 @@ def _sound_weights(
 
 def load_drm(
     path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> DRM:
-    """The model of a file saved by save_drm, in eval mode; its backbone in dtype, its head in float32.
+) -> DRM | SharedDRM:
+    """The model of a file saved by save_drm, in eval mode; its backbone in dtype, its head in float32. A file
+    that holds a head for another model's tokens gives a SharedDRM, which is all float32.
 
     Raises DRMFileError, in one sentence, for a missing, damaged or foreign file, one of a newer version, one
     with NaN or infinity among its weights, and for any format but .safetensors.
@@ -293,3 +308,16 @@ def load_drm(
     drm.metadata = dict(header.get("metadata") or {})
     drm.metadata |= {name: header[name] for name in _OWN_FIELDS if header.get(name) is not None}
     return drm.eval()
+
+
+def load_whole_drm(
+    path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> DRM:
+    """`load_drm` of a file that must have a backbone of its own; DRMFileError for one that has not."""
+    drm = load_drm(path, device, dtype)
+    if isinstance(drm, SharedDRM):
+        raise DRMFileError(
+            f"{Path(path).name} is a head that reads the tokens of a {drm.trunk.family} model and has no"
+            " backbone of its own, which is needed here: choose a whole reward model"
+        )
+    return drm

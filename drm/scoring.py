@@ -43,8 +43,8 @@ class Scorer:
         out_of_memory: Callable[[Exception], bool] | None = None,
         free: Callable[[], object] | None = None,
     ) -> None:
-        self.drm, self.largest, self.before, self.free = drm, chunk, before, free
-        self.out_of_memory = out_of_memory or is_out_of_memory
+        self.drm = drm
+        self.parts = Parts(chunk, before, out_of_memory or is_out_of_memory, free)
         self.compiled = compiled or _COMPILED.setdefault(drm, CompiledSteps())
         self.read(prompt_embeds, pooled)
 
@@ -61,24 +61,11 @@ class Scorer:
     def __call__(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Tensor:
         """Scores (n,) on the candidates' device."""
         latents, prepared, items = self._inputs(candidates, sigma, item_index)
-        done, found = 0, []
-        while done < len(latents):
-            size = min(self._at_once(latents, prepared), len(latents) - done)
-            if self.before is not None:
-                self.before()
-            piece = slice(done, done + size)
-            try:
-                found.append(self._score((latents[piece], prepared, items[piece])))
-                done += size
-                continue
-            except Exception as error:
-                if size == 1 or not self.out_of_memory(error):
-                    raise
-            # Outside of the except clause, where the error's frames still hold what did not fit.
-            self.largest = (size + 1) // 2
-            if self.free is not None:
-                self.free()
-        return torch.cat(found).to(candidates.device)
+
+        def score(part: slice) -> Tensor:
+            return self._score((latents[part], prepared, items[part]))
+
+        return self.parts.run(len(latents), self._at_once(latents, prepared), score).to(candidates.device)
 
     def _inputs(self, candidates: Tensor, sigma: float, item_index: Tensor) -> Part:
         device = self.prompt_embeds.device
@@ -97,12 +84,47 @@ class Scorer:
         return run(self.compiled.fitting(shape, latents.device, run))
 
     def _at_once(self, latents: Tensor, prepared: Prepared) -> int:
-        """Candidates of one part, if there are so many."""
+        """Candidates of one part, if memory allows and there are so many."""
         if latents.device.type != "cpu":
-            return self.largest or len(latents)
+            return len(latents)
         height, width = self.drm.backbone.token_grid(*latents.shape[-2:])
-        fitting = max(1, CPU_TOKENS // (height * width + prepared.context.shape[1]))
-        return min(fitting, self.largest or fitting)
+        return max(1, CPU_TOKENS // (height * width + prepared.context.shape[1]))
+
+
+class Parts:
+    """Candidates through a network part by part, half as many from then on whenever memory runs out.
+
+    largest: most candidates of a part, None for no limit. The rest: see Scorer.
+    """
+
+    def __init__(
+        self,
+        largest: int | None,
+        before: Callable[[], object] | None,
+        out_of_memory: Callable[[Exception], bool],
+        free: Callable[[], object] | None,
+    ) -> None:
+        self.largest, self.before, self.out_of_memory, self.free = largest, before, out_of_memory, free
+
+    def run(self, count: int, at_once: int, score: Callable[[slice], Tensor]) -> Tensor:
+        """score(part) -> (its length,) of count candidates in parts of at_once, put together (count,)."""
+        done, found = 0, []
+        while done < count:
+            size = min(at_once, self.largest or at_once, count - done)
+            if self.before is not None:
+                self.before()
+            try:
+                found.append(score(slice(done, done + size)))
+                done += size
+                continue
+            except Exception as error:
+                if size == 1 or not self.out_of_memory(error):
+                    raise
+            # Outside of the except clause, where the error's frames still hold what did not fit.
+            self.largest = (size + 1) // 2
+            if self.free is not None:
+                self.free()
+        return torch.cat(found)
 
 
 def check_finite(scores: Tensor, sigma: float, rows: Sequence[int] | None = None) -> None:

@@ -20,7 +20,8 @@ class TraceStep:
 
 @dataclass
 class Trace:
-    """What a run did. spent: {"denoise": calls of the policy, "scored": candidates, "seconds": all of it}.
+    """What a run did. spent: {"denoise": calls of the policy, "scored": candidates, "seconds": all of it};
+    with a head on the policy's own network also "trunk": what scoring walked of it, in passes of one picture.
     to_json and from_json are exact inverses.
     """
 

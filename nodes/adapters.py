@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import comfy.latent_formats
 import comfy.ldm.common_dit
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
@@ -72,12 +73,15 @@ def _cpu_computes_bfloat16() -> bool:
 
 
 def latent_tensor(latent: dict, what: str = "the LATENT") -> Tensor:
-    """The samples (B, C, H, W) of a LATENT, in VAE space, after the checks every node makes."""
+    """The samples (B, C, H, W), or (B, C, 1, H, W) as some models have them, of a LATENT, in VAE space, after
+    the checks every node makes.
+    """
     samples = latent["samples"]
-    if samples.is_nested or samples.ndim != 4:
+    if samples.is_nested or not (samples.ndim == 4 or is_one_frame(samples)):
         shape = "several tensors" if samples.is_nested else tuple(samples.shape)
         raise ValueError(
-            f"{what} is {shape}: a DRM scores pictures, give it a LATENT of shape (batch, channels, H, W)"
+            f"{what} is {shape}: a DRM scores pictures, give it a LATENT of shape (batch, channels, H, W) or"
+            " of one frame"
         )
     if samples.numel() == 0:
         raise ValueError(
@@ -90,26 +94,51 @@ def latent_tensor(latent: dict, what: str = "the LATENT") -> Tensor:
     return samples
 
 
+def is_one_frame(samples: Tensor) -> bool:
+    """Whether latents are pictures of a model that has videos too, (B, C, 1, H, W)."""
+    return samples.ndim == 5 and samples.shape[2] == 1
+
+
+def without_frames(samples: Tensor) -> Tensor:
+    """(B, C, H, W) of (B, C, 1, H, W) or of itself."""
+    return samples.squeeze(2) if samples.ndim == 5 else samples
+
+
 def stream_ids(latent: dict) -> list[int]:
     """The number of each item's noise stream: its batch_index, so that part of a batch can be redone."""
     return [int(i) for i in latent.get("batch_index", range(len(latent["samples"])))]
 
 
-def model_latents(samples: Tensor, leftover_sigma: float | None = None) -> Tensor:
+def model_latents(
+    samples: Tensor,
+    leftover_sigma: float | None = None,
+    latent_format: comfy.latent_formats.LatentFormat = LATENT_FORMAT,
+) -> Tensor:
     """VAE-space samples in model space, float32; with leftover noise, x at the sigma it was left at."""
-    x = LATENT_FORMAT.process_in(samples.float())
+    x = latent_format.process_in(samples.float())
     return x if leftover_sigma is None else (1 - leftover_sigma) * x
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One entry of a CONDITIONING: embeds (b, T, D), pooled (b, P), and where it holds."""
+    """One entry of a CONDITIONING: embeds (b, T, D), its options, and where it holds."""
 
     embeds: Tensor
-    pooled: Tensor
+    options: dict
     sigma_start: float
     sigma_end: float
     whole_picture: bool
+
+    @property
+    def pooled(self) -> Tensor:
+        """(b, P), which SD3's text encoders give beside the embeds."""
+        pooled = self.options.get("pooled_output")
+        if pooled is None:
+            raise ValueError(
+                "the positive CONDITIONING has no pooled output, which SD3-family models and their DRM read:"
+                " make it with the text encoder that belongs to the model"
+            )
+        return pooled
 
     def holds_at(self, sigma: float) -> bool:
         return self.sigma_end <= sigma <= self.sigma_start
@@ -129,26 +158,24 @@ class ScoringPrompts:
 
     def at(self, sigma: float, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Embeds (batch, T, D) and pooled (batch, P); fewer prompts than items repeat, as in ComfyUI."""
-        holding = [prompt for prompt in self.prompts if prompt.holds_at(sigma)] or self.prompts
-        prompt = next((prompt for prompt in holding if prompt.whole_picture), holding[0])
+        prompt = self.read_at(sigma)
         return tuple(
             comfy.utils.repeat_to_batch_size(tensor, batch).to(device)
             for tensor in (prompt.embeds, prompt.pooled)
         )
 
+    def read_at(self, sigma: float) -> _Prompt:
+        """The entry that is read at sigma."""
+        holding = [prompt for prompt in self.prompts if prompt.holds_at(sigma)] or self.prompts
+        return next((prompt for prompt in holding if prompt.whole_picture), holding[0])
+
 
 def _read_prompt(embeds: Tensor, options: dict, percent_to_sigma: Callable[[float], float]) -> _Prompt:
-    pooled = options.get("pooled_output")
-    if pooled is None:
-        raise ValueError(
-            "the positive CONDITIONING has no pooled output, which SD3-family models and their DRM read:"
-            " make it with the text encoder that belongs to the model"
-        )
     starts = [options[key] for key in ("start_percent", "clip_start_percent") if key in options]
     ends = [options[key] for key in ("end_percent", "clip_end_percent") if key in options]
     return _Prompt(
         embeds=embeds,
-        pooled=pooled,
+        options=options,
         sigma_start=float(percent_to_sigma(max(starts))) if starts else math.inf,
         sigma_end=float(percent_to_sigma(min(ends))) if ends else -math.inf,
         whole_picture="area" not in options and "mask" not in options,
@@ -214,8 +241,29 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_oom(error) if is_oom is not None else isinstance(error, mm.OOM_EXCEPTION)
 
 
-def check_drm_fits(drm: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, samples: Tensor) -> None:
-    """Raises ValueError when the DRM was made for other latents or another text encoder."""
+def is_shared(drm: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether the DRM is a head on the MODEL's own tokens (drm.shared.SharedDRM)."""
+    from ..drm.shared import SharedDRM
+
+    return isinstance(drm.model, SharedDRM)
+
+
+def check_drm_fits(
+    drm: comfy.model_patcher.ModelPatcher,
+    prompts: ScoringPrompts,
+    samples: Tensor,
+    model: comfy.model_patcher.ModelPatcher | None = None,
+) -> None:
+    """Raises ValueError when a DRM with a backbone of its own was made for other latents, another text
+    encoder or another family than the MODEL's; and for a DRM without one.
+    """
+    if is_shared(drm):
+        raise ValueError(
+            "this DRM is a head that reads the MODEL's own tokens, which is not possible here: choose a DRM"
+            " with a backbone of its own in DRM Loader"
+        )
+    if model is not None:
+        _check_sd3(model)
     model = drm.model
     if samples.shape[1] != model.in_channels:
         raise ValueError(
@@ -233,9 +281,32 @@ def check_drm_fits(drm: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompt
             )
 
 
+def _check_sd3(model: comfy.model_patcher.ModelPatcher) -> None:
+    latent_format = model.get_model_object("latent_format")
+    # FLUX's format inherits from SD3's, and is another.
+    if type(latent_format) is not type(LATENT_FORMAT):
+        raise ValueError(
+            f"the MODEL ({model.model.__class__.__name__}, {latent_format.latent_channels} latent channels)"
+            " is not of the SD3 family, whose latents this DRM reads: load SD3.5, or a DRM whose head was"
+            " made for this model"
+        )
+
+
 def attention_network(model: comfy.model_patcher.ModelPatcher) -> torch.nn.Module:
     """The network of a MODEL, whose attention a LoRA is trained on."""
-    return model.model.diffusion_model
+    return network_of(model.model)
+
+
+def network_of(base: comfy.model_base.BaseModel) -> torch.nn.Module:
+    """The network of what a MODEL patches."""
+    return base.diffusion_model
+
+
+def original_weights(model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:
+    """The weights of a MODEL's network by name, as they were loaded, without the LoRAs that are on them."""
+    network = network_of(model.model)
+    kept = {name: model.backup.get(f"diffusion_model.{name}") for name, _ in network.named_parameters()}
+    return {name: getattr(kept[name], "weight", value) for name, value in network.named_parameters()}
 
 
 def encode_prompt(clip: object, text: str) -> list:
@@ -246,18 +317,21 @@ def encode_prompt(clip: object, text: str) -> list:
 
 def check_policy(model: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompts, samples: Tensor) -> None:
     """Raises ValueError when the MODEL cannot be sampled step-wise with these prompts at this size."""
-    latent_format = model.get_model_object("latent_format")
     sampling = model.get_model_object("model_sampling")
-    if not (
-        isinstance(sampling, comfy.model_sampling.CONST) and isinstance(latent_format, type(LATENT_FORMAT))
-    ):
+    if not isinstance(sampling, comfy.model_sampling.CONST):
         raise ValueError(
-            f"the MODEL ({model.model.__class__.__name__}, {latent_format.latent_channels} latent channels)"
-            " is not of the SD3 family: step-wise sampling works with SD3, SD3.5 and models of their kind,"
-            " load one of them"
+            f"the MODEL ({model.model.__class__.__name__},"
+            f" {model.get_model_object('latent_format').latent_channels} latent channels) does not sample by"
+            " flow matching: step-wise sampling works with SD3.5, FLUX, Qwen-Image, Z-Image and models of"
+            " their kind, load one of them"
+        )
+    if samples.ndim != 4 and not is_one_frame(samples):
+        raise ValueError(
+            f"the LATENT has shape {tuple(samples.shape)}: step-wise sampling draws pictures, give it one of"
+            " a single frame"
         )
     network = getattr(model.model, "diffusion_model", None)
-    width = getattr(getattr(network, "context_embedder", None), "in_features", None)
+    width = _text_width(network)
     for prompt in prompts.prompts:
         if width is not None and prompt.embeds.shape[-1] != width:
             raise ValueError(
@@ -271,6 +345,16 @@ def check_policy(model: comfy.model_patcher.ModelPatcher, prompts: ScoringPrompt
             f"the LATENT is {width}x{height} pixels and the MODEL draws at most {16 * limit}x{16 * limit}:"
             " make it smaller"
         )
+
+
+def _text_width(network: torch.nn.Module | None) -> int | None:
+    """Width of the prompts that a network reads, where it says so."""
+    for name in ("context_embedder", "txt_in", "cap_embedder.1", "text_embedding.0"):
+        try:
+            return network.get_submodule(name).in_features
+        except AttributeError:
+            continue
+    return None
 
 
 def load_beside(guider: object, drm: comfy.model_patcher.ModelPatcher) -> None:

@@ -13,7 +13,7 @@ from ..drm.trace import Trace
 from . import adapters
 from .loader import DRMModel
 from .search import DRMSearchType
-from .step_loop import MAX_BRANCHES, branching_of, sample_with_drm
+from .step_loop import MAX_BRANCHES, branching_of, check, sample_with_drm
 from .traces import DRMTrace, TraceLog
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -104,7 +104,11 @@ class StepwiseKSampler(io.ComfyNode):
             "one the "
             "DRM scores best. The trace is also saved in the metadata of the pictures, as drm_trace.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to sample with, of the SD3 family."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The flow-matching model to sample with: SD3.5, "
+                    "FLUX, Qwen-Image, Z-Image and their like. It must be the one the DRM was made for.",
+                ),
                 DRMModel.Input(
                     "drm", display_name="DRM", tooltip="The reward model that chooses, from DRM Loader."
                 ),
@@ -199,8 +203,7 @@ class StepwiseKSampler(io.ComfyNode):
             model, adapters.latent_tensor(latent_image, "latent_image")
         )
         prompts = adapters.ScoringPrompts(positive, model.get_model_object("model_sampling").percent_to_sigma)
-        adapters.check_policy(model, prompts, samples)
-        adapters.check_drm_fits(drm, prompts, samples)
+        check(model, drm, prompts, samples)
         sigmas = comfy.samplers.KSampler(
             model, steps, model.load_device, "euler", scheduler, denoise, model.model_options
         ).sigmas

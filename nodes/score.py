@@ -5,6 +5,8 @@ averaged over several draws of eps. Each draw is shared by the whole batch, as i
 pictures are compared and not their noise.
 """
 
+from collections.abc import Callable
+
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
@@ -14,7 +16,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
-from . import adapters
+from . import adapters, trunk
 from .loader import DRMModel
 
 FINISHED, LEFTOVER = "finished picture", "leftover noise"
@@ -22,7 +24,7 @@ CHUNK = 16
 MAX_DRAWS = 64
 
 
-def score_latents(scorer: adapters.Scorer, x0: Tensor, sigma: float, draws: int, seed: int) -> Tensor:
+def score_latents(scorer: Callable, x0: Tensor, sigma: float, draws: int, seed: int) -> Tensor:
     """Scores (B,) of clean latents (B, C, H, W), averaged over the draws of noise; sigma 0 needs one,
     without noise.
     """
@@ -37,7 +39,7 @@ def score_latents(scorer: adapters.Scorer, x0: Tensor, sigma: float, draws: int,
     )
 
 
-def _score_batch(scorer: adapters.Scorer, x: Tensor, sigma: float) -> Tensor:
+def _score_batch(scorer: Callable, x: Tensor, sigma: float) -> Tensor:
     from ..drm.scoring import check_finite
 
     items = torch.arange(len(x))
@@ -113,6 +115,12 @@ class DRMScoreLatent(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Seed of the added noise; every picture of the batch gets the same noise.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model whose tokens the DRM reads, where it is a head without a backbone of "
+                    "its own. Other DRMs need none.",
+                ),
             ],
             outputs=[
                 io.Float.Output(
@@ -143,19 +151,27 @@ class DRMScoreLatent(io.ComfyNode):
         latent_is: str,
         noise_draws: int,
         seed: int,
+        model: comfy.model_patcher.ModelPatcher | None = None,
     ) -> io.NodeOutput:
         samples = adapters.latent_tensor(latent)
-        prompts = adapters.ScoringPrompts(positive, adapters.sd3_percent_to_sigma)
-        adapters.check_drm_fits(drm, prompts, samples)
         check_scoring(sigma, latent_is, noise_draws)
-        adapters.load_alone(drm)
-        scorer = adapters.Scorer(drm, prompts, len(samples))
-        leftover = latent_is == LEFTOVER
-        x = adapters.model_latents(samples, sigma if leftover else None).to(mm.get_torch_device())
-        tensor = (
-            _score_batch(scorer, x, sigma) if leftover else score_latents(scorer, x, sigma, noise_draws, seed)
-        )
+        leftover = sigma if latent_is == LEFTOVER else None
 
+        def scores_of(scorer: Callable, x: Tensor) -> Tensor:
+            x = adapters.without_frames(x)
+            if leftover is not None:
+                return _score_batch(scorer, x, sigma)
+            return score_latents(scorer, x, sigma, noise_draws, seed)
+
+        if adapters.is_shared(drm):
+            tensor = trunk.score_with_model(drm, model, positive, samples, leftover, scores_of)
+        else:
+            prompts = adapters.ScoringPrompts(positive, adapters.sd3_percent_to_sigma)
+            samples = adapters.without_frames(samples)
+            adapters.check_drm_fits(drm, prompts, samples)
+            adapters.load_alone(drm)
+            x = adapters.model_latents(samples, leftover).to(mm.get_torch_device())
+            tensor = scores_of(adapters.Scorer(drm, prompts, len(samples)), x)
         order = tensor.argsort(descending=True, stable=True).tolist()
         scores = tensor.tolist()
         text = ranking_text(scores, order, adapters.stream_ids(latent))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..drm.presets import PRESETS, Branching
 from ..drm.sde import KINDS
-from . import adapters, trace_metadata
+from . import adapters, reuse, trace_metadata, trunk
 from .traces import trace_to_dict
 
 MAX_BRANCHES = 1024
@@ -86,7 +86,7 @@ class KeptRegion:
         self.known = {"model": model.inner_model, "sigmas": getattr(model, "sigmas", sigmas)}
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The policy's x0 (B, C, H, W); remembers where it was called."""
+        """The policy's x0, of x's shape; remembers where it was called."""
         levels = sigma * x.new_ones([x.shape[0]])
         denoised = self.model(x, levels, **self.extra_args)
         self.x, self.sigma = x, sigma
@@ -99,8 +99,22 @@ class KeptRegion:
         return denoised
 
     def reimpose(self, candidate: Tensor, sigma_next: Tensor) -> Tensor:
-        """A candidate (B, C, H, W) at sigma_next with the kept region in place."""
+        """A candidate, of x's shape, at sigma_next with the kept region in place."""
         return torch.where(self.kept, self.x + self.velocity * (sigma_next - self.sigma), candidate)
+
+
+def check(
+    model: comfy.model_patcher.ModelPatcher,
+    drm: comfy.model_patcher.ModelPatcher,
+    prompts: adapters.ScoringPrompts,
+    samples: Tensor,
+) -> None:
+    """Raises ValueError when the MODEL cannot be sampled step-wise, or not with this DRM."""
+    adapters.check_policy(model, prompts, samples)
+    if adapters.is_shared(drm):
+        trunk.check_fits(drm, model, samples)
+    else:
+        adapters.check_drm_fits(drm, prompts, samples, model)
 
 
 def sample_with_drm(
@@ -119,7 +133,8 @@ def sample_with_drm(
 ) -> Tensor:
     """A k-diffusion style sampler function around drm.stepwise.sample_stepwise.
 
-    on_trace(trace, samples): called at the end, with the samples (B, C, H, W) as the LATENT will hold them.
+    x: (B, C, H, W), or (B, C, 1, H, W) of models that have videos too. on_trace(trace, samples): called at
+    the end, with the samples as the LATENT will hold them.
     """
     from ..drm.stepwise import sample_stepwise
 
@@ -127,46 +142,81 @@ def sample_with_drm(
     guider = model.inner_model
     base = guider.inner_model
     prompts = adapters.ScoringPrompts(positive, base.model_sampling.percent_to_sigma)
-    adapters.check_policy(guider.model_patcher, prompts, x)
-    adapters.check_drm_fits(drm, prompts, x)
-    scorer = adapters.Scorer(drm, prompts, len(x))
+    check(guider.model_patcher, drm, prompts, x)
+    scorer = scorer_of(drm, model, prompts, x, extra_args)
     noise_scale = float(getattr(base.model_sampling, "noise_scale", 1.0))
     settings = replace(branching, noise_scale=noise_scale)
     adapters.load_beside(guider, drm)
+    framed = _framed_as(x)
     masked = None
     # Without injected noise nothing strays.
     if extra_args.get("denoise_mask") is not None and not settings.chosen().is_quiet():
         masked = KeptRegion(model, sigmas, extra_args)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return model(x, sigma * x.new_ones([x.shape[0]]), **extra_args)
+        x = framed(x)
+        if masked is not None:
+            return adapters.without_frames(masked.denoise(x, sigma))
+        return adapters.without_frames(model(x, sigma * x.new_ones([x.shape[0]]), **extra_args))
 
-    def report(step: dict) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        if callback is not None:
-            sigma = step["sigma"]
-            callback(
-                {
-                    "x": step["x"],
-                    "i": step["step"],
-                    "sigma": sigma,
-                    "sigma_hat": sigma,
-                    "denoised": step["denoised"],
-                }
-            )
+    reused = None
+    if adapters.is_shared(drm) and extra_args.get("denoise_mask") is None:
+        denoise = reused = reuse.Reuse(scorer.tokens, guider, denoise)
+
+    def reimpose(candidate: Tensor, sigma_next: Tensor) -> Tensor:
+        return adapters.without_frames(masked.reimpose(framed(candidate), sigma_next))
 
     latents, trace = sample_stepwise(
-        denoise if masked is None else masked.denoise,
+        denoise,
         scorer,
-        x,
+        adapters.without_frames(x),
         sigmas,
         settings=settings,
         item_ids=item_ids,
-        reimpose=None if masked is None else masked.reimpose,
-        callback=report,
+        reimpose=None if masked is None else reimpose,
+        callback=lambda step: _report(step, callback, framed),
         interrupt=mm.throw_exception_if_processing_interrupted,
     )
+    if adapters.is_shared(drm) and trace.spent is not None:
+        share = trunk.share_of_pass(base, drm.model.trunk.taps[-1])
+        trace.spent["trunk"] = round(share * scorer.walked, 3)
+        trace.spent["reused"] = round(share * (reused.saved if reused else 0), 3)
     trace_metadata.record(trace_to_dict(trace))
+    latents = framed(latents)
     final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
     on_trace(trace, base.process_latent_out(final.to(torch.float32)))
     return latents
+
+
+def scorer_of(
+    drm: comfy.model_patcher.ModelPatcher,
+    model: comfy.samplers.KSamplerX0Inpaint,
+    prompts: adapters.ScoringPrompts,
+    x: Tensor,
+    extra_args: dict,
+) -> Callable[[Tensor, float, Tensor], Tensor]:
+    """What scores a batch's candidates: the DRM's own network, or its head on the MODEL that samples."""
+    if not adapters.is_shared(drm):
+        return adapters.Scorer(drm, prompts, len(x))
+    return trunk.shared_scorer(
+        drm,
+        model.inner_model.inner_model,
+        extra_args.get("model_options", {}),
+        prompts,
+        x,
+        latent_image=getattr(model, "latent_image", None),
+        denoise_mask=extra_args.get("denoise_mask"),
+    )
+
+
+def _framed_as(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Puts the one frame of `like`, if it has any, into latents (B, C, H, W)."""
+    return lambda x: x.unsqueeze(2) if like.ndim == 5 else x
+
+
+def _report(step: dict, callback: Callable | None, framed: Callable[[Tensor], Tensor]) -> None:
+    mm.throw_exception_if_processing_interrupted()
+    if callback is not None:
+        sigma = step["sigma"]
+        seen = {"x": framed(step["x"]), "denoised": framed(step["denoised"])}
+        callback({**seen, "i": step["step"], "sigma": sigma, "sigma_hat": sigma})

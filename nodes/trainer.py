@@ -250,7 +250,7 @@ def prepare(
     for condition in prompts:
         scored = adapters.ScoringPrompts(condition, adapters.sd3_percent_to_sigma)
         adapters.check_policy(model, scored, empty)
-        adapters.check_drm_fits(drm, scored, empty)
+        adapters.check_drm_fits(drm, scored, empty, model)
         adapters.check_drm_fits(judge, scored, empty)
     if getattr(sampling, "noise_scale", 1.0) != 1.0:
         raise ValueError(

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
-from drm import DRMFileError, load_drm
-from drm.checkpoint import read_header
+from drm import DRMFileError
+from drm.checkpoint import load_whole_drm, read_header
 from drm.ranges import Count, Range, Seed, Share
 from training.config import ConfigError, Resolution, Workers, argument, check_numbers, read_config
 from training.data.readers import Ranking, ReaderError
@@ -222,7 +222,7 @@ def _model_scorer(
     scorer = picture_scores.ModelScorer(
         name=name,
         fingerprint=hashlib.sha256(json.dumps([*how, torch.__version__]).encode()).hexdigest(),
-        model=load_drm(path, device=encoders.device, dtype=encoders.dtype),
+        model=load_whole_drm(path, device=encoders.device, dtype=encoders.dtype),
         sigmas=config.sigmas,
         t5_length=t5_length,
         device=encoders.device,

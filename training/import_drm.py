@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drm import DRM, DRMFileError, load_drm, save_drm
+from drm import DRM, DRMFileError, save_drm
 from drm.backbone import BackboneConfig, is_kept
-from drm.checkpoint import looks_like
+from drm.checkpoint import load_whole_drm, looks_like
 from drm.ranges import Range
 from drm.sd3.base_model import BaseError, load_transformer, transformer_config
 from training.config import argument
@@ -68,7 +68,7 @@ def import_drm(
 def export_drm(base: Path, drm: Path, out: Path) -> None:
     """Writes a reward model as the authors' code reads it. Raises as import_drm does."""
     _check_name(out)
-    tensors = to_authors(load_drm(drm), load_transformer(base).state_dict())
+    tensors = to_authors(load_whole_drm(drm), load_transformer(base).state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def write(temporary: Path) -> None:

@@ -225,9 +225,12 @@ FAILS_RUNNING = {
     ),
     "another family": (
         lambda: other_family(stepwise_graph),
-        "(BaseModel, 4 latent channels) is not of the SD3 family",
+        "(BaseModel, 4 latent channels) does not sample by flow matching",
     ),
-    "not flow matching": (not_flow_matching, "is not of the SD3 family"),
+    "not flow matching": (
+        not_flow_matching,
+        "does not sample by flow matching: step-wise sampling works with",
+    ),
     "truncated DRM": (
         lambda: with_drm("truncated.safetensors"),
         "truncated.safetensors is damaged or cut short",

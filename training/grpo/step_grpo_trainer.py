@@ -19,7 +19,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from drm import DRM, flow, grpo, load_drm
+from drm import DRM, flow, grpo
+from drm.checkpoint import load_whole_drm
 from drm.lora import load_lora
 from training.data.batches import Share, generator
 from training.data.decoders import load_decoder
@@ -80,7 +81,7 @@ class Trainer:
 
     def _load_drm(self, path: str) -> DRM:
         half = self.config.model.precision == "bf16"
-        drm = load_drm(path, self.device, torch.bfloat16 if half else torch.float32)
+        drm = load_whole_drm(path, self.device, torch.bfloat16 if half else torch.float32)
         return drm.requires_grad_(False)
 
     def _held_out(self, prompts: list[str]) -> HeldOut:

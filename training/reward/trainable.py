@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from drm import DRM, DRMFileError, load_drm
+from drm import DRM, DRMFileError
 from drm.backbone import TruncatedSD3
-from drm.checkpoint import read_header
+from drm.checkpoint import load_whole_drm, read_header
 from drm.head import ConvGNHead, ConvHead
 from drm.lora import LORA_TARGETS
 from drm.sd3.base_model import load_backbone
@@ -39,7 +39,7 @@ def build(config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.f
     frozen in frozen_dtype. `seed` decides fresh weights: the head's, the adapters', a random backbone's.
     """
     if is_reward_model(config.base):
-        drm = load_drm(config.base)
+        drm = load_whole_drm(config.base)
     else:
         keeps_output = config.head == "conv_gn"
         backbone = load_backbone(
