@@ -76,7 +76,8 @@ class Reuse:
         _CHECKED[self.trunk.network] = good = apart < (_HALF if half else _FLOAT32)
         if not good:
             logging.info("DRM: scoring is not reused for this model, passes differ by %.1e", apart)
-        return whole
+        # As every later run does, so that the first one gives the same bits.
+        return short if good else whole
 
 
 def plain(trunk: "Trunk", guider: object, sigma: float) -> bool:
