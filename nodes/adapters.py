@@ -7,10 +7,12 @@
 Every check a user may fail is made here, before any sampling, in a sentence that names what to change.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import comfy.latent_formats
 import comfy.ldm.common_dit
@@ -24,12 +26,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..drm import scoring
+    from ..drm import DRM, scoring
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LATENT_FORMAT = comfy.latent_formats.SD3()
 # SD3's timestep shift; where no model is at hand it turns prompt ranges into sigmas.
 SD3_SHIFT = 3.0
+# DRM -> lengths of prompts of which was said that it was trained on another
+_SAID_LENGTHS: "WeakKeyDictionary[DRM, set[int]]" = WeakKeyDictionary()
 
 
 def check_choice(name: str, value: str, choices: list[str]) -> None:
@@ -279,6 +283,22 @@ def check_drm_fits(
                 f" CONDITIONING has {widths[0]} (pooled {widths[1]}): choose the DRM made for this text"
                 " encoder in DRM Loader, or load the text encoder that belongs to the model"
             )
+    _say_lengths(model, {prompt.embeds.shape[1] for prompt in prompts.prompts})
+
+
+def _say_lengths(drm: "DRM", lengths: set[int]) -> None:
+    """Says once for a DRM and a length that it was trained on prompts of another length. They cannot be
+    padded here: what training padded with went through the text encoder, and the rest of the prompt saw it.
+    """
+    wanted, said = drm.metadata.get("text_length"), _SAID_LENGTHS.setdefault(drm, set())
+    for length in sorted(lengths - said - {wanted}) if wanted else []:
+        logging.info(
+            "DRM: this reward model was trained on prompts of %d tokens and this CONDITIONING has %d, which"
+            " changes its scores a little; they compare among pictures scored alike",
+            wanted,
+            length,
+        )
+        said.add(length)
 
 
 def _check_sd3(model: comfy.model_patcher.ModelPatcher) -> None:

@@ -215,3 +215,17 @@ def test_bfloat16_keeps_the_head_in_float32(inside, score):
     latent = inside.latent(batch=3, seed=7)
     exact, rough = score(latent)[0], score(latent, drm=patcher)[0]
     assert rough == pytest.approx(exact, abs=0.1)
+
+
+def test_another_length_of_prompt_than_it_was_trained_on_is_said_once(inside, score, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setitem(inside.drm.model.metadata, "text_length", 589)
+    for seed in (1, 2):
+        score(inside.latent(seed=seed))
+    said = [record.message for record in caplog.records if "was trained on prompts" in record.message]
+    assert len(said) == 1
+    assert "of 589 tokens and this CONDITIONING has 20" in said[0]
+    caplog.clear()
+    monkeypatch.setitem(inside.drm.model.metadata, "text_length", 20)
+    score(inside.latent(seed=3))
+    assert not [record for record in caplog.records if "was trained on prompts" in record.message]
