@@ -17,8 +17,9 @@ env: ## make .venv, with a real ComfyUI in it (a few minutes once)
 demo: env ## compare plain and step-wise sampling: output/demo/comparison.png
 	@$(RUN) -m tools.demo
 
+# Two processes with one thread each: small networks gain nothing from threads.
 test: env ## run the tests (ARGS="-k name" goes to pytest)
-	@$(RUN) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 CORE := sde flow branching presets choice budget stepwise recorded_runs grpo preference
 test-core: ## drm's maths alone: torch, numpy and pytest are enough (RUN=python for your own)

@@ -1,7 +1,8 @@
 """Prompt files, and the folder of their embeddings."""
 
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,13 @@ def write_others(folder: Path):
 def test_a_reader_keeps_its_rows_while_another_process_writes(tmp_path: Path):
     asked = [f"prompt {i}" for i in range(5)]
     cache = write_prompts(tmp_path, asked, embed, MADE_WITH)
-    process = multiprocessing.get_context("spawn").Process(target=write_others, args=(tmp_path,))
-    process.start()
-    while process.is_alive():
+    code = "import pathlib, sys; from tests.training.test_prompts import write_others"
+    code += "; write_others(pathlib.Path(sys.argv[1]))"
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root)
+    while process.poll() is None:
         assert_embeds(cache, asked)
-    assert process.exitcode == 0
+    assert process.returncode == 0
     assert_embeds(cache, [*asked, *(f"other {i}" for i in range(60))])
 
 
