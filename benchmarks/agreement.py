@@ -26,7 +26,7 @@ from training.demo.drawings import draw_way
 from training.demo.export import REWARD, Family, load_family
 from training.demo.judge import judge_pictures
 from training.demo.loop import bfloat16_autocast
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 DRAWINGS = 4
 WAY = ("final", 20, 1.5, 0.7, 0.9)

@@ -26,7 +26,7 @@ from drm.ranges import Count
 from tools.comfy_inside import load_pack
 from tools.comfy_server import ROOT
 from training.config import argument
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 MODELS = ROOT / "models"
 COMMON = {"seed": 11, "steps": 20, "cfg": 1.5, "scheduler": "simple", "denoise": 1.0}

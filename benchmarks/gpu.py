@@ -32,7 +32,7 @@ from drm.sd3.comfy_layout import to_comfy_layout
 from tools.comfy_inside import Pack, load_pack
 from tools.comfy_server import ROOT
 from training.config import argument
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 TINY = BackboneConfig(
     num_kept=1,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 
 def grow(path: Path, part: str, facts: dict, **lists: Iterable[dict]) -> None:

@@ -32,7 +32,7 @@ from training.data.shards import EncodedPairs
 from training.demo import data, text
 from training.demo.generator import load_generator
 from training.demo.pairs import Pool, make_pool, without_concepts
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 SIZES, SEEDS = (10, 100, 1000), (0, 1, 2)
 BASE = "models/drm/drm_demo_emoji.safetensors"

@@ -29,7 +29,7 @@ from drm.ranges import Count
 from training.config import argument
 from training.data.batches import HeldOutBatches
 from training.data.shards import EncodedPairs
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 CONFIG = "training/configs/drm_demo.yaml"
 QUARTERS = 4

@@ -28,7 +28,7 @@ from drm.head import ConvHead
 from training.config import ModelConfig, Resolution, argument
 from training.data.batches import Batch, Mixture, Share, TrainingBatches, uniform_sigmas
 from training.data.shards import EncodedPairs
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 from training.grpo.saved_bytes import kept_for_backward
 from training.reward.trainable import make_trainable
 

@@ -44,7 +44,7 @@ from training.demo import data, text
 from training.demo.export import Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
 from training.demo.loop import bfloat16_autocast
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 HELD_OUT_EVERY = 8
 EVALUATED, SEEDS_EACH = 50, 4  # held-out prompts, pictures of each
@@ -83,7 +83,7 @@ class Setting:
         return "_".join(parts + changed)
 
 
-class Policy:
+class DemoPolicy:
     """The demo transformer with a LoRA, as grpo.py calls it: CFG inside, the unconditional branch
     detached.
     """
@@ -194,7 +194,7 @@ def untrained(family: Family, held: list[Prompt], setting: Setting, out: Path) -
     return json.loads(path.read_text())
 
 
-def update(policy: Policy, prompts: list[Prompt], setting: Setting, number: int, settings: GRPOSettings):
+def update(policy: DemoPolicy, prompts: list[Prompt], setting: Setting, number: int, settings: GRPOSettings):
     """Gradients of one update; its figures."""
     groups = setting.batch if setting.way == "step-grpo" else setting.batch // setting.k
     picked = torch.randint(len(prompts), (groups,), generator=generator(setting.seed, 1, number)).tolist()
@@ -221,7 +221,7 @@ def train(setting: Setting, out: Path) -> list[dict]:
         return json.loads(path.read_text())
     family = load_family(Path("models"))
     learn, held = split_prompts(family, setting.prompts)
-    policy = Policy(family, setting.rank, setting.seed, setting.cfg)
+    policy = DemoPolicy(family, setting.rank, setting.seed, setting.cfg)
     settings = GRPOSettings(
         method=setting.way,
         num_branches=setting.k,

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.step_grpo import Setting
 from drm.ranges import Seed
 from training.config import LearningRate, argument
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -39,7 +39,7 @@ from training.config import argument
 from training.demo import text
 from training.demo.export import REWARD, Family, load_family
 from training.demo.generator import SHIFT, guided_denoise, initial_noise
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 SCORE_CHUNK = 96
 BLOCKS, LATENT = 4, 16

@@ -48,7 +48,7 @@ from training.data.encode_plan import (
 from training.data.encoders import EncoderError, SD3Encoders
 from training.data.readers import ReaderError
 from training.engine.checkpoints import why_not_written
-from training.engine.run import TrainingError, only_run_in
+from training.engine.launch import TrainingError, only_run_in
 
 POSTERIOR = 21  # a stream of generator()
 PATIENCE = datetime.timedelta(hours=12)  # how long processes wait for the one that reads the sources

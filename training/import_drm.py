@@ -26,7 +26,7 @@ from drm.checkpoint import load_whole_drm, looks_like
 from drm.ranges import Range
 from drm.sd3.base_model import BaseError, load_transformer, transformer_config
 from training.config import argument
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 from training.reward.authors_layout import HEAD, KEPT, TRANSFORMER, AuthorsFileError, from_authors, to_authors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

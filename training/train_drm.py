@@ -23,8 +23,8 @@ from drm.sd3.base_model import BaseError
 from training.config import ConfigError, DRMConfig, read_config
 from training.data.shards import ShardError
 from training.engine import checkpoints
-from training.engine.run import TrainingError, run_to_the_end
-from training.reward.reward_trainer import Trainer
+from training.engine.launch import TrainingError, run_to_the_end
+from training.reward.reward_trainer import RewardTrainer
 
 ERRORS = (
     ConfigError,
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     run_to_the_end(
         lambda: read_config(args.config, DRMConfig, args.settings),
-        lambda config: Trainer(config).run(),
+        lambda config: RewardTrainer(config).run(),
         ERRORS,
         "lower train.micro_batch, set model.gradient_checkpointing to true or model.train to lora",
     )

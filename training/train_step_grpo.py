@@ -24,10 +24,10 @@ from training.config import ConfigError
 from training.data.decoders import DecoderError
 from training.data.prompt_cache import PromptError
 from training.engine import checkpoints
-from training.engine.run import TrainingError, run_to_the_end
+from training.engine.launch import TrainingError, run_to_the_end
 from training.evaluation.baselines import BaselineError
 from training.grpo.step_grpo_config import read_step_grpo
-from training.grpo.step_grpo_trainer import Trainer
+from training.grpo.step_grpo_trainer import StepGRPOTrainer
 
 ERRORS = (
     ConfigError,
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     run_to_the_end(
         lambda: read_step_grpo(args.config, args.settings),
-        lambda config: Trainer(config).run(),
+        lambda config: StepGRPOTrainer(config).run(),
         ERRORS,
         "lower rollout.micro_prompts or evaluate.batch, or set model.gradient_checkpointing to true",
     )

@@ -23,9 +23,9 @@ from ...drm.lora import Adapters, comfy_targets
 from .. import adapters as comfy_adapters
 from ..score import score_latents
 from . import preflight
+from .comfy_policy import ComfyPolicy
 from .files import Progress, State
 from .inputs import PICTURES, Training
-from .policy import Policy
 from .watch import Watch, diversity
 
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5)
@@ -84,7 +84,7 @@ class Learner:
 
     # learning
 
-    def check(self, policy: Policy) -> Iterator[str]:
+    def check(self, policy: ComfyPolicy) -> Iterator[str]:
         """The pre-flight, one line a check; ValueError for the first that fails."""
         training, item = self.training, 0
         prompt = self.prompt(item)
@@ -100,7 +100,7 @@ class Learner:
         yield preflight.check_learning(summary, gradients, training)
         self.state.optimizer.zero_grad(set_to_none=True)
 
-    def iterate(self, policy: Policy) -> dict[str, float]:
+    def iterate(self, policy: ComfyPolicy) -> dict[str, float]:
         """One update of the LoRA and the means of its figures."""
         items = self.items(self.state.progress.iteration)
         figures = self.sparing(policy, lambda: [self.roll_out(policy, item) for item in items])
@@ -113,7 +113,7 @@ class Learner:
         progress.kl.append(mean["kl"])
         return mean
 
-    def sparing(self, policy: Policy, work: Callable[[], Any]) -> Any:
+    def sparing(self, policy: ComfyPolicy, work: Callable[[], Any]) -> Any:
         """work(), from the start again in smaller parts as long as memory does not suffice."""
         while True:
             self.state.optimizer.zero_grad(set_to_none=True)
@@ -125,7 +125,7 @@ class Learner:
             # Out of the except clause, or the error would keep alive what it found in memory.
             self._spare(policy)
 
-    def _spare(self, policy: Policy) -> None:
+    def _spare(self, policy: ComfyPolicy) -> None:
         mm.soft_empty_cache()
         number = self.state.progress.iteration + 1
         what = policy.smaller(self.training.group)
@@ -137,7 +137,7 @@ class Learner:
         self.notes.append(f"out of memory in iteration {number}: from there {what}")
         logging.warning("Step-GRPO: %s", self.notes[-1])
 
-    def roll_out(self, policy: Policy, item: int) -> Figures:
+    def roll_out(self, policy: ComfyPolicy, item: int) -> Figures:
         """Gradients of one prompt's trajectories, their share of the iteration's."""
         training, prompt = self.training, self.prompt(item)
         streams = [item * training.group + i for i in range(training.group)]
@@ -195,12 +195,12 @@ class Learner:
 
     # pictures
 
-    def pictures(self, policy: Policy) -> Pictures:
+    def pictures(self, policy: ComfyPolicy) -> Pictures:
         """Of the prompts kept aside, drawn without noise on the way, from seeds of their own."""
         return self.sparing(policy, lambda: self._draw(policy))
 
     @torch.no_grad()
-    def _draw(self, policy: Policy) -> Pictures:
+    def _draw(self, policy: ComfyPolicy) -> Pictures:
         numbers = self.training.held_out
         count = min(4, max(2, PICTURES // len(numbers)))
         latents, scores = [], []

@@ -14,8 +14,8 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from .comfy_policy import ComfyPolicy, graph_bytes
 from .inputs import Training
-from .policy import Policy, graph_bytes
 
 LEAST_STD, MOST_STD = 0.7, 1.5
 GB = 1 << 30
@@ -76,7 +76,7 @@ def check_ratio(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, sigm
 
 
 def check_memory(
-    policy: Policy, prompt: int, noise: Tensor, text_length: int, values: int, training: Training
+    policy: ComfyPolicy, prompt: int, noise: Tensor, text_length: int, values: int, training: Training
 ) -> str:
     """Forecasts memory, and has the policy spare some where that is enough. values: numbers in the LoRA."""
     free = mm.get_free_memory(policy.device)
@@ -97,7 +97,7 @@ def check_memory(
     return f"memory: about {needed / GB:.2f} GB beside the models{spared}, {free / GB:.1f} GB free"
 
 
-def _graph(policy: Policy, prompt: int, noise: Tensor, text_length: int) -> float:
+def _graph(policy: ComfyPolicy, prompt: int, noise: Tensor, text_length: int) -> float:
     """Bytes of one picture's graph, from a picture of a quarter of its size."""
     height, width = (max(2, length // 4 * 2) for length in noise.shape[-2:])
     small = noise[:1, :, :height, :width].contiguous()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ...drm.lora import LoRAFileError, load_lora, save_lora
 from ..score import show_on_node
+from .comfy_policy import ComfyPolicy, within_sampling
 from .files import run_id, settings_of, sketch, weights_hash
 from .inputs import Training, lora_path
 from .learner import Learner, Models, Pictures
-from .policy import Policy, within_sampling
 from .watch import Look, counted
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -81,12 +81,12 @@ class Run:
 
     # inside the sampling
 
-    def _inside(self, work: Callable[[Policy], Any], iterations: Iterable[int]) -> None:
+    def _inside(self, work: Callable[[ComfyPolicy], Any], iterations: Iterable[int]) -> None:
         """work(policy), with the conditions of the prompts that these iterations and the looks need."""
         numbers = {self.learner.prompt(item) for i in iterations for item in self.learner.items(i)}
         numbers |= set(self.training.held_out)
 
-        def run(policy: Policy) -> None:
+        def run(policy: ComfyPolicy) -> None:
             policy.largest, policy.recompute = self.largest, self.recompute
             try:
                 work(policy)
@@ -105,7 +105,7 @@ class Run:
             seed=self.training.seed,
         )
 
-    def _begin(self, policy: Policy) -> None:
+    def _begin(self, policy: ComfyPolicy) -> None:
         """Finds the file of this run, or checks that a run may start; draws the pictures before."""
         self.hashes |= {
             "base": weights_hash(self.learner.network),
@@ -127,7 +127,7 @@ class Run:
                 self.notes.append(line)
                 logging.info("Step-GRPO: %s", line)
 
-    def _learn(self, policy: Policy) -> None:
+    def _learn(self, policy: ComfyPolicy) -> None:
         """Iterations up to the next look, and the pictures for it."""
         progress, until = self.state.progress, self._next_look
         with self.learner.adapters.attached(self.learner.network):
@@ -143,7 +143,7 @@ class Run:
             with self.learner.holding(self.state.average):
                 self.latest = self.learner.pictures(policy)
 
-    def _draw_best(self, policy: Policy) -> None:
+    def _draw_best(self, policy: ComfyPolicy) -> None:
         with self.learner.holding(None), self.learner.adapters.attached(self.learner.network):
             self.learner.adapters.load(self.state.best)
             self.best = self.learner.pictures(policy)

@@ -251,7 +251,7 @@ def test_out_of_memory_takes_smaller_parts(inside, output, clean):
 
 
 def test_recomputed_blocks_give_the_same_lora(inside, output, clean, pack):
-    policy = pack.module("nodes.grpo.policy").Policy
+    policy = pack.module("nodes.grpo.comfy_policy").ComfyPolicy
     plain = train(inside, name="plain", iterations=1)[1]
     original = policy.__init__
 
@@ -289,7 +289,7 @@ def test_memory_forecast_stops_before_time_is_spent(inside, output, clean, pack,
 
 
 def test_memory_forecast_is_near_the_truth(inside, pack):
-    preflight, policies = pack.module("nodes.grpo.preflight"), pack.module("nodes.grpo.policy")
+    preflight, policies = pack.module("nodes.grpo.preflight"), pack.module("nodes.grpo.comfy_policy")
     lora = pack.module("drm.lora")
     network = inside.model.model.diffusion_model
     found = []

@@ -91,7 +91,7 @@ def test_comfyui_s_loader_draws_the_same(inside, trained):
 def test_the_training_itself_drew_the_same(inside, trained, pack):
     """The pictures after, drawn with the LoRA as hooks, are those of the MODEL that is handed out."""
     model, path = trained
-    policies, lora = pack.module("nodes.grpo.policy"), pack.module("drm.lora")
+    policies, lora = pack.module("nodes.grpo.comfy_policy"), pack.module("drm.lora")
     tensors, facts = lora.load_lora(path)
     network, settings = inside.model.model.diffusion_model, facts["settings"]
     adapters = lora.Adapters(lora.comfy_targets(network), settings["rank"], settings["alpha"], 0)

@@ -16,11 +16,14 @@ from training.config import DRMConfig
 from training.grpo.step_grpo_config import StepGRPOConfig
 
 Config = DRMConfig | StepGRPOConfig
-TRAINERS = {DRMConfig: "training.train_drm", StepGRPOConfig: "training.train_step_grpo"}
+TRAINERS = {
+    DRMConfig: ("training.train_drm", "RewardTrainer"),
+    StepGRPOConfig: ("training.train_step_grpo", "StepGRPOTrainer"),
+}
 CONTEXT = multiprocessing.get_context("forkserver")
 # What the trainers import late is most of a short run.
 LATE = ["peft", "diffusers.models.transformers.transformer_sd3", "torch.utils.tensorboard"]
-CONTEXT.set_forkserver_preload([*TRAINERS.values(), "tests.tiny", *LATE])
+CONTEXT.set_forkserver_preload([*(module for module, _ in TRAINERS.values()), "tests.tiny", *LATE])
 TIMEOUT = 240
 
 
@@ -34,7 +37,8 @@ def _run(config: Config, rank: int, world: int, port: int, errors: str | None) -
 
     torch.set_num_threads(1)
     sys.stderr = open(errors or os.devnull, "w", buffering=1)  # noqa: SIM115 - open until the process ends
-    importlib.import_module(TRAINERS[type(config)]).Trainer(config).run()
+    module, name = TRAINERS[type(config)]
+    getattr(importlib.import_module(module), name)(config).run()
 
 
 def free_port() -> int:

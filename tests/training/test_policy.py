@@ -8,7 +8,7 @@ import torch
 from drm.lora import LoRAFileError
 from drm.sd3.base_model import load_transformer
 from tests.tiny import build_demo_family
-from training.grpo.diffusers_policy import Policy, build_policy
+from training.grpo.diffusers_policy import DiffusersPolicy, build_policy
 from training.grpo.step_grpo_config import PolicyConfig
 
 
@@ -18,7 +18,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def policy(base: Path) -> Policy:
+def policy(base: Path) -> DiffusersPolicy:
     config = PolicyConfig(base=str(base), drm="none", lora_rank=4, lora_alpha=8.0, precision="no")
     return build_policy(config, seed=3, device=torch.device("cpu"))
 
@@ -29,7 +29,7 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tenso
     return x, (embeds[:3], pooled[:3]), (embeds[3:], pooled[3:])
 
 
-def teach(policy: Policy) -> None:
+def teach(policy: DiffusersPolicy) -> None:
     rng = torch.Generator().manual_seed(1)
     for parameter in policy.learned.values():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
@@ -41,7 +41,7 @@ def base_velocity(base: Path, x: torch.Tensor, prompt: tuple) -> torch.Tensor:
         return load_transformer(base)(*arguments, return_dict=False)[0]
 
 
-def test_fresh_adapters_change_nothing_and_the_seed_decides_them(base: Path, policy: Policy):
+def test_fresh_adapters_change_nothing_and_the_seed_decides_them(base: Path, policy: DiffusersPolicy):
     x, prompt, _ = inputs()
     assert torch.equal(policy.velocity(x, 0.6, *prompt), base_velocity(base, x, prompt))
     config = PolicyConfig(base=str(base), drm="none", lora_rank=4, lora_alpha=8.0, precision="no")
@@ -51,7 +51,7 @@ def test_fresh_adapters_change_nothing_and_the_seed_decides_them(base: Path, pol
     assert any(not torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_guidance_by_hand(policy: Policy):
+def test_guidance_by_hand(policy: DiffusersPolicy):
     teach(policy)
     x, prompt, empty = inputs()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_guidance_by_hand(policy: Policy):
         assert torch.equal(policy.guided(x, 0.6, prompt, empty, 1.0), with_)
 
 
-def test_gradients_flow_through_the_prompt_s_branch_alone(policy: Policy):
+def test_gradients_flow_through_the_prompt_s_branch_alone(policy: DiffusersPolicy):
     teach(policy)
     x, prompt, empty = inputs()
     (2.5 * policy.velocity(x, 0.6, *prompt)).square().mean().backward()  # any scalar will do
@@ -81,7 +81,7 @@ def test_gradients_flow_through_the_prompt_s_branch_alone(policy: Policy):
     assert all(p.grad is None for p in frozen)
 
 
-def test_the_reference_is_the_base_and_learning_goes_on_after_it(base: Path, policy: Policy):
+def test_the_reference_is_the_base_and_learning_goes_on_after_it(base: Path, policy: DiffusersPolicy):
     teach(policy)
     x, prompt, _ = inputs()
     before = policy.velocity(x, 0.6, *prompt)
@@ -94,7 +94,7 @@ def test_the_reference_is_the_base_and_learning_goes_on_after_it(base: Path, pol
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.learned.values())
 
 
-def test_every_attention_layer_of_both_streams_learns(policy: Policy):
+def test_every_attention_layer_of_both_streams_learns(policy: DiffusersPolicy):
     names = {name.removeprefix("transformer.transformer_blocks.0.") for name in policy.tensors()}
     layers = {name.rsplit(".lora_", 1)[0] for name in names if not name.startswith("transformer.")}
     both = {"to_q", "to_k", "to_v", "to_out.0"}
@@ -102,7 +102,7 @@ def test_every_attention_layer_of_both_streams_learns(policy: Policy):
     assert layers == {f"attn.{name}" for name in both | added} | {f"attn2.{name}" for name in both}
 
 
-def test_tensors_go_out_and_come_back(base: Path, policy: Policy):
+def test_tensors_go_out_and_come_back(base: Path, policy: DiffusersPolicy):
     teach(policy)
     tensors = policy.tensors()
     name = "transformer.transformer_blocks.1.attn.to_q.lora_B.weight"

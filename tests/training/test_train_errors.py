@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.encoded import make_config, write_base, write_encoded, write_yaml
 from tests.training.processes import begin, command, log_lines, numbers, start, train
-from training.engine.run import HOLDER, TrainingError, only_run_in
+from training.engine.launch import HOLDER, TrainingError, only_run_in
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_of_a_launcher_s_processes_the_first_holds_the_folder(tmp_path: Path, mo
             pass
         assert (tmp_path / HOLDER).exists()
         monkeypatch.setenv("RANK", "0")
-        monkeypatch.setattr("training.engine.run.PATIENCE", 0)
+        monkeypatch.setattr("training.engine.launch.PATIENCE", 0)
         with pytest.raises(TrainingError, match=rf"another run is in it \(process {os.getpid()} on"):
             only_run_in(tmp_path).__enter__()
     with only_run_in(tmp_path):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from drm import flow
 from training.data.shards import EncodedPairs, ShardError
-from training.engine.run import TrainingError
+from training.engine.launch import TrainingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

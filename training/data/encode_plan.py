@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from training.config import ConfigError, EncodeConfig, SourceConfig, check_numbers
 from training.data.readers import Pair, Picture, ReaderError, Report, read_pairs
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 PLAN_VERSION = 1
 PROMPTS_A_PICTURE_SHARD = 8  # a prompt weighs some twenty pictures, so its shards hold fewer rows

@@ -30,7 +30,7 @@ from torch import Tensor
 from drm.ranges import Range
 from drm.text_files import EncodingError, read_text
 from training.config import Tokens
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

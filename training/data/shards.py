@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 FORMAT, VERSION = "drm-encoded-pairs", 1
 COLUMNS = ("prompt", "chosen", "rejected", "weight", "label", "source", "held_out", "row")

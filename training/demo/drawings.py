@@ -47,7 +47,7 @@ from training.demo.generator import (
 )
 from training.demo.loop import bfloat16_autocast
 from training.demo.raters import load_raters, log_probabilities
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 # (weights, steps, cfg, noise level, part of the steps with noise)
 WAYS = (

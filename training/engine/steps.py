@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training.engine import checkpoints
-from training.engine.run import TrainingError, checkpoint_of, cut_log
+from training.engine.launch import TrainingError, checkpoint_of, cut_log
 
 LOG, EVALUATION = "log.jsonl", "evaluation.jsonl"
 

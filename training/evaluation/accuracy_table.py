@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.data.readers import Report
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 FORMAT, VERSION = "drm-evaluation", 1
 TITLES = {

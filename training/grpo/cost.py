@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from drm.backbone import TruncatedSD3, sd35_medium_config
 from drm.lora import LORA_TARGETS
 from training.config import ConfigError
-from training.grpo.diffusers_policy import Policy
+from training.grpo.diffusers_policy import DiffusersPolicy
 from training.grpo.saved_bytes import kept_for_backward
 from training.grpo.step_grpo_config import StepGRPOConfig, read_step_grpo
 
@@ -45,7 +45,7 @@ SD35_MEDIUM = {
 }
 
 
-def meta_policy(shape: dict, rank: int, *, half: bool, checkpointing: bool) -> Policy:
+def meta_policy(shape: dict, rank: int, *, half: bool, checkpointing: bool) -> DiffusersPolicy:
     """The policy without memory for its weights."""
     from diffusers import SD3Transformer2DModel
 
@@ -54,7 +54,7 @@ def meta_policy(shape: dict, rank: int, *, half: bool, checkpointing: bool) -> P
         for tensor in (*transformer.parameters(), *transformer.buffers()):
             tensor.data = tensor.data.to(torch.bfloat16 if half else torch.float32)
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, target_modules=list(LORA_TARGETS)), transformer)
-    policy = Policy(transformer.eval(), scale=1.0, half=half)
+    policy = DiffusersPolicy(transformer.eval(), scale=1.0, half=half)
     for parameter in policy.learned.values():
         parameter.data = parameter.data.float()
     if checkpointing:
@@ -66,7 +66,7 @@ def size_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def kept(policy: Policy, latents: int, side: int, tokens: int) -> int:
+def kept(policy: DiffusersPolicy, latents: int, side: int, tokens: int) -> int:
     """Bytes autograd keeps from one forward pass of so many latents."""
     config = policy.transformer.config
     return kept_for_backward(
@@ -82,7 +82,7 @@ def kept(policy: Policy, latents: int, side: int, tokens: int) -> int:
 class _Velocity(nn.Module):
     """functional_call wants a module's forward."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: DiffusersPolicy) -> None:
         super().__init__()
         self.policy = policy
 

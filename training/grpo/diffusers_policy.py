@@ -18,11 +18,11 @@ from drm import DRM
 from drm.lora import LORA_TARGETS, PREFIX, LoRAFileError
 from drm.sd3.base_model import load_transformer
 from training.data.prompt_cache import PromptCache
-from training.engine.run import TrainingError
+from training.engine.launch import TrainingError
 from training.grpo.step_grpo_config import PolicyConfig
 
 
-class Policy(nn.Module):
+class DiffusersPolicy(nn.Module):
     """transformer: frozen, with adapters in float32 that learn. Latents in and out are float32."""
 
     def __init__(self, transformer: nn.Module, *, scale: float, half: bool) -> None:
@@ -99,7 +99,7 @@ def _file_name(name: str) -> str:
     return PREFIX + name.replace(".default.weight", ".weight")
 
 
-def build_policy(config: PolicyConfig, *, seed: int, device: torch.device) -> Policy:
+def build_policy(config: PolicyConfig, *, seed: int, device: torch.device) -> DiffusersPolicy:
     """The base with fresh adapters drawn from `seed`; the second matrix of each starts at zero."""
     import peft
 
@@ -120,10 +120,12 @@ def build_policy(config: PolicyConfig, *, seed: int, device: torch.device) -> Po
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    return Policy(transformer.eval(), scale=config.lora_alpha / config.lora_rank, half=half).to(device)
+    return DiffusersPolicy(transformer.eval(), scale=config.lora_alpha / config.lora_rank, half=half).to(
+        device
+    )
 
 
-def check_fit(policy: Policy, drm: DRM, cache: PromptCache, name: str) -> None:
+def check_fit(policy: DiffusersPolicy, drm: DRM, cache: PromptCache, name: str) -> None:
     """TrainingError when reward model, base and embeddings are not of one family."""
     config = policy.transformer.config
     embeds, pooled = (part.shape[-1] for part in cache.embeds([""]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drm.lora import save_lora
 from training.engine.checkpoints import why_not_written
-from training.engine.run import TrainingError
+from training.engine.launch import TrainingError
 from training.evaluation.test_sets import file_sha256
 from training.grpo.step_grpo_config import StepGRPOConfig
 

@@ -23,7 +23,7 @@ from training.data.batches import generator
 from training.data.decoders import Decode
 from training.data.prompt_cache import PromptCache
 from training.evaluation.baselines import Score
-from training.grpo.diffusers_policy import Policy
+from training.grpo.diffusers_policy import DiffusersPolicy
 from training.grpo.step_grpo_config import HeldOutConfig, RolloutConfig
 
 START, SCORING = 21, 22  # streams of generator()
@@ -69,7 +69,7 @@ class HeldOut:
         self.device = device
         self.names = [*self.drms, *self.baselines, "diversity"]
 
-    def latents(self, policy: Policy, numbers: Sequence[int]) -> Tensor:
+    def latents(self, policy: DiffusersPolicy, numbers: Sequence[int]) -> Tensor:
         """Finished latents of these prompts and all seeds, (len(numbers), seeds, C, H, W)."""
         side, seeds = self.rollout.resolution // 8, self.config.seeds
         shape = (policy.transformer.config.in_channels, side, side)
@@ -95,7 +95,7 @@ class HeldOut:
     def _embeds(self, prompts: Sequence[str], times: int) -> tuple[Tensor, Tensor]:
         return tuple(part.to(self.device).repeat_interleave(times, 0) for part in self.cache.embeds(prompts))
 
-    def table(self, policy: Policy, numbers: Sequence[int]) -> Tensor:
+    def table(self, policy: DiffusersPolicy, numbers: Sequence[int]) -> Tensor:
         """(len(numbers), len(names)) float64: what each scorer says of each prompt, mean over its seeds."""
         latents = self.latents(policy, numbers)
         rows = []
@@ -117,7 +117,7 @@ class HeldOut:
             found.append(drm.score(flow.add_noise(latents, noise, sigma), sigma, *prompt))
         return torch.stack(found).double().mean().item()
 
-    def pictures(self, policy: Policy, numbers: Sequence[int]) -> list[list[Image.Image]]:
+    def pictures(self, policy: DiffusersPolicy, numbers: Sequence[int]) -> list[list[Image.Image]]:
         """A row of pictures for each of these prompts, a column for each seed."""
         return [self.decode(row) for row in self.latents(policy, numbers)]
 

@@ -25,7 +25,7 @@ from drm.lora import load_lora
 from training.data.batches import Share, generator
 from training.data.decoders import load_decoder
 from training.data.prompt_cache import open_or_make, read_prompts
-from training.engine.run import TrainingError, make_accelerator
+from training.engine.launch import TrainingError, make_accelerator
 from training.engine.steps import Run, adamw
 from training.evaluation.baselines import load_baseline
 from training.grpo.diffusers_policy import build_policy, check_fit
@@ -38,7 +38,7 @@ RESULT, BEST = "lora.safetensors", "best.safetensors"
 ORDER, START, BRANCHES = 11, 12, 13  # streams of generator()
 
 
-class Trainer:
+class StepGRPOTrainer:
     """One run: policy, reward, prompts, optimiser and where they stand. `run` trains and exports."""
 
     def __init__(self, config: StepGRPOConfig) -> None:

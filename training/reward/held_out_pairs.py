@@ -15,9 +15,9 @@ from training.data.shards import EncodedPairs
 SIGMA_PARTS = 4
 
 
-def as_rows(win: Tensor, lose: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
+def as_rows(chosen: Tensor, rejected: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
     """A held-out batch to gather, (4, B), of scores (B,) of chosen and rejected."""
-    return torch.stack([win, lose, sigma, weight])
+    return torch.stack([chosen, rejected, sigma, weight])
 
 
 def in_order(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,28 +27,30 @@ def in_order(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gathered: (processes * 4, batches, B), batches of `as_rows`; padding has weight 0.
     """
     rows = gathered.unflatten(0, (-1, 4)).permute(1, 2, 0, 3).flatten(1).cpu()
-    win, lose, sigma, _ = rows[:, rows[-1] > 0]
-    return win, lose, sigma
+    chosen, rejected, sigma, _ = rows[:, rows[-1] > 0]
+    return chosen, rejected, sigma
 
 
-def held_out_table(win: Tensor, lose: Tensor, sigma: Tensor, sources: list[str]) -> dict:
+def held_out_table(chosen: Tensor, rejected: Tensor, sigma: Tensor, sources: list[str]) -> dict:
     """Accuracy over everything, by quarter of sigma from low to high, and by source (of views in order)."""
     of = [source for source in sources for _ in range(SIGMA_PARTS)]
     by_source = {}
     for source in sorted(set(of)):
         mask = torch.tensor([name == source for name in of])
-        by_source[source] = preference.preference_accuracy(win[mask], lose[mask])
+        by_source[source] = preference.preference_accuracy(chosen[mask], rejected[mask])
     return {
         "pairs": len(sources),
-        "accuracy": preference.preference_accuracy(win, lose),
-        "by_sigma": preference.accuracy_by_sigma(win, lose, sigma, SIGMA_PARTS),
+        "accuracy": preference.preference_accuracy(chosen, rejected),
+        "by_sigma": preference.accuracy_by_sigma(chosen, rejected, sigma, SIGMA_PARTS),
         "by_source": by_source,
     }
 
 
-def calibrated(win: Tensor, lose: Tensor, sigma: Tensor, bins: int) -> dict:
+def calibrated(chosen: Tensor, rejected: Tensor, sigma: Tensor, bins: int) -> dict:
     """Mean and std of the scores (n,) of both sides by sigma, for the file's header."""
-    return {"calibration": preference.calibration(torch.cat([win, lose]), sigma.repeat(2), num_bins=bins)}
+    return {
+        "calibration": preference.calibration(torch.cat([chosen, rejected]), sigma.repeat(2), num_bins=bins)
+    }
 
 
 def export_facts(config: DRMConfig, pairs: EncodedPairs, steps: int, table: dict) -> dict:

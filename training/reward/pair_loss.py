@@ -12,13 +12,13 @@ from drm import preference
 from training.data.batches import Batch
 
 
-def pair_losses(win: Tensor, lose: Tensor, batch: Batch, kind: str) -> Tensor:
+def pair_losses(chosen: Tensor, rejected: Tensor, batch: Batch, kind: str) -> Tensor:
     """Weighted mean loss of a micro-batch of scores (B,), a scalar; 0 with a graph when nothing weighs."""
     if not bool(batch.weight.any()):
-        return 0.0 * (win.sum() + lose.sum())
+        return 0.0 * (chosen.sum() + rejected.sum())
     if kind == "thurstone":
-        return preference.thurstone_loss(win, lose, batch.sigma, batch.label, batch.weight)
-    return preference.bradley_terry_loss(win, lose, batch.label, batch.weight)
+        return preference.thurstone_loss(chosen, rejected, batch.sigma, batch.label, batch.weight)
+    return preference.bradley_terry_loss(chosen, rejected, batch.label, batch.weight)
 
 
 @dataclasses.dataclass
@@ -33,18 +33,22 @@ class Tally:
     def empty(cls, device: torch.device) -> Tally:
         return cls(torch.zeros(len(cls.NAMES), dtype=torch.float64, device=device))
 
-    def add(self, loss: Tensor, win: Tensor, lose: Tensor, batch: Batch) -> None:
-        """loss: the micro-batch's weighted mean. win, lose (B,)."""
-        win, lose, real = win.detach().double(), lose.detach().double(), (batch.weight > 0).double()
-        right = (win > lose).double() + 0.5 * (win == lose).double()
-        weight, both = batch.weight.double().sum(), torch.stack([win, lose])
+    def add(self, loss: Tensor, chosen: Tensor, rejected: Tensor, batch: Batch) -> None:
+        """loss: the micro-batch's weighted mean. chosen, rejected (B,)."""
+        chosen, rejected, real = (
+            chosen.detach().double(),
+            rejected.detach().double(),
+            (batch.weight > 0).double(),
+        )
+        right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        weight, both = batch.weight.double().sum(), torch.stack([chosen, rejected])
         self.sums += torch.stack(
             [
                 loss.detach().double() * weight,
                 weight,
                 real.sum(),
                 (right * real).sum(),
-                ((win - lose) * real).sum(),
+                ((chosen - rejected) * real).sum(),
                 (both * real).sum(),
                 (both.square() * real).sum(),
             ]

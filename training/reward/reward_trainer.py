@@ -39,7 +39,7 @@ from training.data.batches import (
 )
 from training.data.shards import EncodedPairs
 from training.engine import checkpoints
-from training.engine.run import TrainingError, make_accelerator
+from training.engine.launch import TrainingError, make_accelerator
 from training.engine.steps import Run, adamw
 from training.reward import trainable
 from training.reward.held_out_pairs import (
@@ -68,7 +68,7 @@ def some_of(rows: Tensor, count: int | None, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator(seed, 6))[:count].sort().values]
 
 
-class Trainer:
+class RewardTrainer:
     """One run: network, data, optimiser and where they stand. `run` trains, evaluates and exports."""
 
     def __init__(self, config: DRMConfig) -> None:
@@ -175,12 +175,12 @@ class Trainer:
             batch = batch.to(self.device)
             last = micro + 1 == self.share.micro_steps
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                win, lose = self._scores(batch)
-                loss = pair_losses(win, lose, batch, self.settings.loss)
+                chosen, rejected = self._scores(batch)
+                loss = pair_losses(chosen, rejected, batch, self.settings.loss)
                 # DDP averages over processes, so each gives its part of the global mean times their number.
                 share = batch.weight.sum() / total_weight * self.share.world
                 self.accelerator.backward(loss * share)
-            tally.add(loss, win, lose, batch)
+            tally.add(loss, chosen, rejected, batch)
         rate = learning_rate_at(step, self.settings)
         for group in self.progress.optimizer.param_groups:
             group["lr"] = rate
@@ -244,11 +244,11 @@ class Trainer:
             found = [self._held_out_scores(batch.to(self.device)) for batch, _ in self._batches(data)]
         self.model.train()
         gathered = self.accelerator.gather(torch.stack(found, dim=1))
-        win, lose, sigma = in_order(gathered)
+        chosen, rejected, sigma = in_order(gathered)
         sources = [self.pairs.columns["source"][row] for row in self.held_out.tolist()]
-        table = held_out_table(win, lose, sigma, sources)
+        table = held_out_table(chosen, rejected, sigma, sources)
         if bins:
-            table |= calibrated(win, lose, sigma, bins)
+            table |= calibrated(chosen, rejected, sigma, bins)
         self.progress.evaluated({"step": step, **table})
         return table
 

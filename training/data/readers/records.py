@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from training.data.readers.pictures import Picture
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 MAX_LISTED = 100_000
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 
 from training.engine import checkpoints
-from training.engine.files import replace_atomically
+from training.engine.atomic import replace_atomically
 
 LOCK, HOLDER = ".lock", ".running.json"
 PATIENCE = 10  # seconds; the reading processes of a killed run outlive it a little and hold its lock

@@ -23,7 +23,7 @@ CALCULATE = "sampler_calc_cond_batch_function"
 ATTENTION = "optimized_attention_override"
 
 
-class Policy:
+class ComfyPolicy:
     """The network with its prompts, for as long as the sampling lasts. `smaller()` makes it spare memory."""
 
     def __init__(self, guider: comfy.samplers.CFGGuider, extra_args: dict, network: nn.Module) -> None:
@@ -68,7 +68,7 @@ class Policy:
 class _Inside(comfy.samplers.Sampler):
     """Calls a function where a sampler would sample."""
 
-    def __init__(self, run: Callable[[Policy], Any], network: nn.Module) -> None:
+    def __init__(self, run: Callable[[ComfyPolicy], Any], network: nn.Module) -> None:
         self.run, self.network, self.result = run, network, None
 
     def sample(
@@ -87,7 +87,7 @@ class _Inside(comfy.samplers.Sampler):
         options[CALCULATE] = without_unconditional_graph(options.get(CALCULATE))
         # Some attention kernels have no backward pass; torch's own always has.
         options.setdefault("transformer_options", {})[ATTENTION] = _torch_attention
-        self.result = self.run(Policy(model_wrap, extra_args, self.network))
+        self.result = self.run(ComfyPolicy(model_wrap, extra_args, self.network))
         return noise
 
 
@@ -100,7 +100,7 @@ def _key(prompt: int) -> str:
 
 
 def within_sampling(
-    run: Callable[[Policy], Any],
+    run: Callable[[ComfyPolicy], Any],
     model: comfy.model_patcher.ModelPatcher,
     drms: list[comfy.model_patcher.ModelPatcher],
     network: nn.Module,
