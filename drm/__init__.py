@@ -17,7 +17,6 @@ __all__ = [
     "branching",
     "checkpoint",
     "choice",
-    "comfy_layout",
     "compiling",
     "diffusers_trunk",
     "flow",

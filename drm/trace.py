@@ -21,7 +21,8 @@ class TraceStep:
 @dataclass
 class Trace:
     """What a run did. spent: {"denoise": calls of the policy, "scored": candidates, "seconds": all of it};
-    with a head on the policy's own network also "trunk": what scoring walked of it, in passes of one picture.
+    with a head on the policy's own network also "trunk": what scoring walked of it, in passes of one picture,
+    and "reused": what of that the policy needed not walk again.
     to_json and from_json are exact inverses.
     """
 
