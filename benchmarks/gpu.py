@@ -108,15 +108,8 @@ def load_models(pack: Pack, config: BackboneConfig, device: torch.device) -> tup
     import comfy.sd
     from diffusers import SD3Transformer2DModel
 
-    shape = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("num_kept", "image_taps", "text_taps")
-    }
     with torch.inference_mode(), device:
-        transformer = SD3Transformer2DModel(
-            **shape, out_channels=config.in_channels, caption_projection_dim=config.width
-        ).bfloat16()
+        transformer = SD3Transformer2DModel(**config.to_diffusers()).bfloat16()
         weights = to_comfy_layout(transformer.state_dict(), transformer.config)
         model = comfy.sd.load_diffusion_model_state_dict(weights)
         module = random_drm(config, device)

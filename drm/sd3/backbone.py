@@ -112,6 +112,12 @@ class BackboneConfig:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def to_diffusers(self) -> dict:
+        """The arguments of the whole SD3Transformer2DModel."""
+        own = ("num_kept", "image_taps", "text_taps", "keeps_output")
+        shape = {name: value for name, value in asdict(self).items() if name not in own}
+        return {**shape, "out_channels": self.in_channels, "caption_projection_dim": self.width}
+
 
 def sd35_medium_config(num_kept: int = SD35_MEDIUM_KEPT) -> BackboneConfig:
     """Stable Diffusion 3.5 Medium: 24 blocks of width 1536, of which the paper keeps 21."""

@@ -14,7 +14,7 @@ NODES = {
     "DRMLoader": ("DRM Loader", ["drm_name", "dtype"], ["DRM_MODEL"]),
     "DRMScoreLatent": (
         "DRM Score Latent",
-        ["drm", "latent", "positive", "sigma", "latent_is", "noise_draws", "seed"],
+        ["drm", "latent", "positive", "sigma", "latent_is", "noise_draws", "seed", "model"],
         ["FLOAT", "STRING", "LATENT", "LATENT"],
     ),
     "StepwiseKSampler": (
