@@ -32,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LATENT_FORMAT = comfy.latent_formats.SD3()
 # SD3's timestep shift; where no model is at hand it turns prompt ranges into sigmas.
 SD3_SHIFT = 3.0
+_CLIP_TOKENS = 77  # CLIP's part of a prompt, before T5's
 # DRM -> lengths of prompts of which was said that it was trained on another
 _SAID_LENGTHS: "WeakKeyDictionary[DRM, set[int]]" = WeakKeyDictionary()
 
@@ -287,18 +288,32 @@ def check_drm_fits(
 
 
 def _say_lengths(drm: "DRM", lengths: set[int]) -> None:
-    """Says once for a DRM and a length that it was trained on prompts of another length. They cannot be
-    padded here: what training padded with went through the text encoder, and the rest of the prompt saw it.
+    """Says once for a DRM and a length that it was trained on prompts of another length, and what makes them
+    so. They cannot be padded here: what training padded with went through the text encoder, and the rest of
+    the prompt saw it; ComfyUI's own tokenizer pads so when it is asked to.
     """
     wanted, said = drm.metadata.get("text_length"), _SAID_LENGTHS.setdefault(drm, set())
     for length in sorted(lengths - said - {wanted}) if wanted else []:
         logging.info(
-            "DRM: this reward model was trained on prompts of %d tokens and this CONDITIONING has %d, which"
-            " changes its scores a little; they compare among pictures scored alike",
+            "DRM: this reward model was trained on prompts of %d tokens and this CONDITIONING has %d: compare"
+            " its scores among pictures of one length%s",
             wanted,
             length,
+            _longer_t5(wanted, length),
         )
         said.add(length)
+
+
+def _longer_t5(wanted: int, length: int) -> str:
+    """How a prompt of SD3's encoders, CLIP's tokens and then T5's, gets as long as wanted; nothing where T5
+    is not padded to it.
+    """
+    if not _CLIP_TOKENS < length < wanted:
+        return ""
+    return (
+        f"; a T5TokenizerOptions node with min_length {wanted - _CLIP_TOKENS} in front of CLIP Text Encode"
+        " makes them as they were in training"
+    )
 
 
 def _check_sd3(model: comfy.model_patcher.ModelPatcher) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import comfy.model_base
 import comfy.model_management as mm
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import adapters
+from .inside_sampling import InsideSampling
 
 if TYPE_CHECKING:
     from ..drm.shared import SharedScorer, Taps, TrunkFacts
@@ -39,8 +41,8 @@ _STEERING = (
 )
 # Wrappers that answer in the network's place, or would compile a pass that is cut off. ComfyUI's own names.
 _IN_THE_WAY = ("easycache", "lazycache", "torch.compile")
-# (head, model) pairs of which was said that they are not of one base.
-_SAID: set[tuple[int, str]] = set()
+# head -> models of which was said that they are not of one base with it.
+_SAID: "WeakKeyDictionary[SharedDRM, set[str]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ def check_fits(
             f" {samples.shape[1]}: make it with the Empty Latent node or the VAE that belongs to the model"
         )
     difference = unlike(wanted.fingerprint, found.fingerprint)
-    mark = (id(drm.model), str(found.fingerprint))
-    if difference and mark not in _SAID:
-        _SAID.add(mark)
+    said, mark = _SAID.setdefault(drm.model, set()), str(found.fingerprint)
+    if difference and mark not in said:
+        said.add(mark)
         logging.warning(
             "DRM: the MODEL is not the one this head was made on (%s); a fine-tune of it scores much the"
             " same, compare a few pictures",
@@ -370,32 +372,12 @@ def score_with_model(
     check_fits(drm, model, samples)
     x = adapters.model_latents(samples, leftover_sigma, model.get_model_object("latent_format"))
 
-    def inside(guider: comfy.samplers.CFGGuider, model_options: dict) -> Tensor:
+    def inside(guider: comfy.samplers.CFGGuider, extra_args: dict) -> Tensor:
         adapters.load_beside(guider, drm)
         own = x.to(guider.model_patcher.load_device)
-        return work(shared_scorer(drm, guider.inner_model, model_options, prompts, own), own)
+        return work(shared_scorer(drm, guider.inner_model, extra_args["model_options"], prompts, own), own)
 
     return _while_sampling(model, positive, x, inside)
-
-
-class _Work(comfy.samplers.Sampler):
-    """Does something else than sampling while ComfyUI has everything in place for it."""
-
-    def __init__(self, work: Callable[[comfy.samplers.CFGGuider, dict], Tensor]) -> None:
-        self.work, self.result = work, None
-
-    def sample(
-        self,
-        model_wrap: comfy.samplers.CFGGuider,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: Callable | None,
-        noise: Tensor,
-        *others: object,
-        **named: object,
-    ) -> Tensor:
-        self.result = self.work(model_wrap, extra_args["model_options"])
-        return noise
 
 
 def _while_sampling(
@@ -404,9 +386,9 @@ def _while_sampling(
     like: Tensor,
     work: Callable[[comfy.samplers.CFGGuider, dict], Tensor],
 ) -> Tensor:
-    """work(guider, model_options) with the MODEL loaded and patched as for sampling latents like these."""
+    """work(guider, extra_args) with the MODEL loaded and patched as for sampling latents like these."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, [])
-    sampler, nothing = _Work(work), torch.zeros_like(like)
+    sampler, nothing = InsideSampling(work), torch.zeros_like(like)
     guider.sample(nothing, nothing, sampler, torch.tensor([1.0, 0.0]), disable_pbar=True)
     return sampler.result

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..inside_sampling import InsideSampling
+
 CALCULATE = "sampler_calc_cond_batch_function"
 ATTENTION = "optimized_attention_override"
 
@@ -65,32 +67,6 @@ class ComfyPolicy:
         return None
 
 
-class _Inside(comfy.samplers.Sampler):
-    """Calls a function where a sampler would sample."""
-
-    def __init__(self, run: Callable[[ComfyPolicy], Any], network: nn.Module) -> None:
-        self.run, self.network, self.result = run, network, None
-
-    def sample(
-        self,
-        model_wrap,
-        sigmas,
-        extra_args,
-        callback,
-        noise,
-        latent_image=None,
-        denoise_mask=None,
-        disable_pbar=False,
-    ):
-        thaw(self.network)
-        options = extra_args["model_options"]
-        options[CALCULATE] = without_unconditional_graph(options.get(CALCULATE))
-        # Some attention kernels have no backward pass; torch's own always has.
-        options.setdefault("transformer_options", {})[ATTENTION] = _torch_attention
-        self.result = self.run(ComfyPolicy(model_wrap, extra_args, self.network))
-        return noise
-
-
 def _torch_attention(function: Callable, *args, **kwargs) -> Tensor:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
@@ -118,7 +94,16 @@ def within_sampling(
     """
     both = model.clone()
     both.set_additional_models("drm", drms)
-    sampler = _Inside(run, network)
+
+    def inside(guider: comfy.samplers.CFGGuider, extra_args: dict) -> Any:
+        thaw(network)
+        options = extra_args["model_options"]
+        options[CALCULATE] = without_unconditional_graph(options.get(CALCULATE))
+        # Some attention kernels have no backward pass; torch's own always has.
+        options.setdefault("transformer_options", {})[ATTENTION] = _torch_attention
+        return run(ComfyPolicy(guider, extra_args, network))
+
+    sampler = InsideSampling(inside)
     with torch.inference_mode(False), torch.enable_grad():
         mm.load_models_gpu([both, *drms], force_full_load=True)
         guider = comfy.samplers.CFGGuider(both)
