@@ -27,15 +27,22 @@ CONTEXT.set_forkserver_preload([*(module for module, _ in TRAINERS.values()), "t
 TIMEOUT = 240
 
 
-def _run(config: Config, rank: int, world: int, port: int, errors: str | None) -> None:
+def _run(config: Config, rank: int, world: int, port: int, errors: str | None, zero: str | None) -> None:
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    if world > 1:
+    if world > 1 or zero is not None:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if zero is not None:
+        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": zero}
+        environment |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
     os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
+    if zero is not None:
+        from accelerate import PartialState
+
+        PartialState(cpu=True)  # accelerate knows DeepSpeed on GPUs only
     sys.stderr = open(errors or os.devnull, "w", buffering=1)  # noqa: SIM115 - open until the process ends
     module, name = TRAINERS[type(config)]
     getattr(importlib.import_module(module), name)(config).run()
@@ -47,11 +54,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(config: Config, world: int = 1, errors: Path | None = None) -> list:
-    """Processes that train `config` together."""
+def start(config: Config, world: int = 1, errors: Path | None = None, zero: str | None = None) -> list:
+    """Processes that train `config` together; zero: DeepSpeed's stage."""
     port = free_port()
     processes = [
-        CONTEXT.Process(target=_run, args=(config, rank, world, port, str(errors) if errors else None))
+        CONTEXT.Process(target=_run, args=(config, rank, world, port, str(errors) if errors else None, zero))
         for rank in range(world)
     ]
     for process in processes:
@@ -59,9 +66,9 @@ def start(config: Config, world: int = 1, errors: Path | None = None) -> list:
     return processes
 
 
-def train(config: Config, world: int = 1) -> None:
+def train(config: Config, world: int = 1, zero: str | None = None) -> None:
     """Train to the end; every process must end well."""
-    processes = start(config, world)
+    processes = start(config, world, zero=zero)
     for process in processes:
         process.join(TIMEOUT)
     assert [process.exitcode for process in processes] == [0] * world

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from training.engine import zero
+
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 SCATTER = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -81,7 +83,10 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Average
         averaged.swap()
         tensors |= _weights(model, "ema")
         averaged.swap()
-    state = get_optimizer_state_dict(model, optimizer, options=GATHER)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        state = get_optimizer_state_dict(model, optimizer, options=GATHER)
+    else:
+        state = zero.optimizer_state(model, optimizer)
     for name, entries in state.get("state", {}).items():
         tensors |= {f"optimizer.{key}.{name}": torch.as_tensor(value) for key, value in entries.items()}
     return {"tensors": tensors, "optimizer": {"param_groups": state.get("param_groups", [])}}
@@ -183,6 +188,9 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, av
     for name, tensor in parts["optimizer"].items():
         key, _, parameter = name.partition(".")
         state.setdefault(parameter, {})[key] = tensor
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        zero.restore(model, optimizer, state)
+        return facts
     set_optimizer_state_dict(
         model,
         optimizer,

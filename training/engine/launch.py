@@ -15,12 +15,13 @@ from typing import Any
 import filelock
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import is_deepspeed_available, is_tensorboard_available
 
 from training.engine import checkpoints
 from training.engine.atomic import replace_atomically
 
 LOCK, HOLDER = ".lock", ".running.json"
+_ZERO_FILE = "training/configs/accelerate_zero2.yaml"
 PATIENCE = 10  # seconds; the reading processes of a killed run outlive it a little and hold its lock
 
 
@@ -153,8 +154,11 @@ def make_accelerator(out: Path) -> Accelerator:
     """The processes of a launcher, on their GPUs or, where there is none, on the CPU over gloo; logging to
     TensorBoard too where it is installed. TrainingError when a process does not see the others.
     """
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if zero and not is_deepspeed_available():
+        raise TrainingError("DeepSpeed was launched with and is not installed: pip install deepspeed")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=not (zero or torch.accelerator.is_available()),
         mixed_precision="no",
         log_with=["tensorboard"] if is_tensorboard_available() else [],
         project_dir=out,
@@ -166,3 +170,33 @@ def make_accelerator(out: Path) -> Accelerator:
             " accelerate and a file of training/configs, or with torchrun"
         )
     return accelerator
+
+
+def configure_zero(accelerator: Accelerator, *, clip: float, autocast: bool) -> None:
+    """Tells DeepSpeed, before accelerator.prepare, what the trainer's own settings say. clip: the largest norm of
+    the gradient; autocast: whether the network runs in bfloat16. TrainingError for another stage than 2, and for
+    weights or an optimiser that are cast or moved off.
+    """
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = settings.get("zero_optimization", {})
+    moved = [key for key in ("offload_optimizer", "offload_param") if _device(zero, key) != "none"]
+    cast = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled") is True]
+    for is_wrong, got, wanted in (
+        (zero.get("stage") != 2, f"ZeRO's stage {zero.get('stage')}", "stage 2"),
+        (bool(moved), ", ".join(moved), "weights and optimiser on the GPUs"),
+        (bool(cast), ", ".join(cast), "weights in float32, which the trainer casts by train.precision"),
+    ):
+        if is_wrong:
+            raise TrainingError(
+                f"DeepSpeed is configured with {got}: wanted {wanted}, launch with {_ZERO_FILE}"
+            )
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,  # it wants to know one; batches are the trainer's own
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+    }
+
+
+def _device(zero: dict, key: str) -> str:
+    return str((zero.get(key) or {}).get("device", "none"))

@@ -21,10 +21,10 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.engine import checkpoints
+from training.engine import checkpoints, zero
 from training.engine.launch import TrainingError, checkpoint_of, cut_log
 
 LOG, EVALUATION = "log.jsonl", "evaluation.jsonl"
@@ -71,6 +71,7 @@ class Run:
         self.main = accelerator.is_main_process
         self.learned, self.optimizer = learned, optimizer
         self.averaged = checkpoints.Averaged(learned, settings.ema)
+        self._engine = accelerator.deepspeed_engine_wrapped.engine if zero.is_zero(accelerator) else None
         self.identity, self.config_hash = identity, config_hash
         self._log, self._bar = None, None
 
@@ -104,21 +105,32 @@ class Run:
             )
             yield from self._bar
 
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Adds to the gradients; last: whether `update` follows."""
+        if self._engine is None:
+            self.accelerator.backward(loss)
+        else:
+            zero.backward(self._engine, loss, last)
+
     def update(self, step: int, loss: float, advice: str, averages: int | None = None) -> float:
         """One step of the optimiser on the gradients as they are; their norm before it is cut.
 
         averages: the number of this update of the averages; None leaves them as they are. TrainingError that
         ends with `advice` when the loss or the norm is not finite; then no weight was changed.
         """
-        parameters = [p for p in self.learned.parameters() if p.requires_grad]
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.clip))
+        if self._engine is None:
+            parameters = [p for p in self.learned.parameters() if p.requires_grad]
+            norm = float(self.accelerator.clip_grad_norm_(parameters, self.settings.clip))
+        else:
+            norm = zero.step(self._engine)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"the loss at step {step} is {loss}, the gradient's norm {norm}: no weight was changed;"
                 f" lower train.learning_rate, or {advice}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._engine is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if averages is not None:
             self.averaged.update(averages)
         return norm

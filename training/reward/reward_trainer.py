@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import Dataset
@@ -38,8 +37,8 @@ from training.data.batches import (
     uniform_sigmas,
 )
 from training.data.shards import EncodedPairs
-from training.engine import checkpoints
-from training.engine.launch import TrainingError, make_accelerator
+from training.engine import checkpoints, zero
+from training.engine.launch import TrainingError, configure_zero, make_accelerator
 from training.engine.steps import Run, adamw
 from training.reward import trainable
 from training.reward.held_out_pairs import (
@@ -74,11 +73,6 @@ class RewardTrainer:
     def __init__(self, config: DRMConfig) -> None:
         self.config, self.settings, self.out = config, config.train, Path(config.train.out)
         self.accelerator = make_accelerator(self.out)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise TrainingError(
-                "DeepSpeed steps its optimiser by itself, which this trainer does not know of: launch with"
-                " training/configs/accelerate_fsdp.yaml, which shares out as much"
-            )
         self.device = self.accelerator.device
         self.pairs = EncodedPairs(config.data.encoded)
         half = self.settings.precision == "bf16"
@@ -89,6 +83,8 @@ class RewardTrainer:
         )
         _check_data(drm, self.pairs)
         self.text_width, self.metadata = drm.prompt_dim, drm.metadata
+        if zero.is_zero(self.accelerator):
+            configure_zero(self.accelerator, clip=self.settings.clip, autocast=half)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
         held_out = self.pairs.columns["held_out"]
         rows = some_of(torch.argwhere(~held_out).flatten(), config.data.limit, self.settings.seed)
@@ -179,7 +175,7 @@ class RewardTrainer:
                 loss = pair_losses(chosen, rejected, batch, self.settings.loss)
                 # DDP averages over processes, so each gives its part of the global mean times their number.
                 share = batch.weight.sum() / total_weight * self.share.world
-                self.accelerator.backward(loss * share)
+                self.progress.backward(loss * share, last)
             tally.add(loss, chosen, rejected, batch)
         rate = learning_rate_at(step, self.settings)
         for group in self.progress.optimizer.param_groups:
