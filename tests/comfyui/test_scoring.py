@@ -225,7 +225,27 @@ def test_another_length_of_prompt_than_it_was_trained_on_is_said_once(inside, sc
     said = [record.message for record in caplog.records if "was trained on prompts" in record.message]
     assert len(said) == 1
     assert "of 589 tokens and this CONDITIONING has 20" in said[0]
+    assert "T5TokenizerOptions" not in said[0]  # the demo's prompts have no T5
     caplog.clear()
     monkeypatch.setitem(inside.drm.model.metadata, "text_length", 20)
     score(inside.latent(seed=3))
     assert not [record for record in caplog.records if "was trained on prompts" in record.message]
+
+
+@pytest.mark.parametrize(("wanted", "length", "asked"), [(589, 154, 512), (333, 154, 256)])
+def test_it_is_said_which_node_makes_a_prompt_as_long_as_in_training(inside, wanted, length, asked):
+    advice = inside.pack.module("nodes.adapters")._longer_t5(wanted, length)
+    assert f"T5TokenizerOptions node with min_length {asked} in front of CLIP Text Encode" in advice
+    assert inside.pack.module("nodes.adapters")._longer_t5(length, wanted) == ""
+
+
+def test_that_node_makes_it_as_long(inside):
+    """ComfyUI's own tokenizer of SD3's T5, with that option: as many tokens, padded with T5's pad, 0."""
+    from comfy.text_encoders.sd3_clip import T5XXLTokenizer
+
+    tokenizer = T5XXLTokenizer()
+    (short,) = tokenizer.tokenize_with_weights("a cat")
+    (long,) = tokenizer.tokenize_with_weights("a cat", tokenizer_options={"t5xxl_min_length": 512})
+    assert (len(short), len(long)) == (77, 512)
+    assert {token for token, *_ in long[len(short) :]} == {0}
+    assert long[: len(short)] == short

@@ -173,9 +173,9 @@ def make_accelerator(out: Path) -> Accelerator:
 
 
 def configure_zero(accelerator: Accelerator, *, clip: float, autocast: bool) -> None:
-    """Tells DeepSpeed, before accelerator.prepare, what the trainer's own settings say. clip: the largest norm of
-    the gradient; autocast: whether the network runs in bfloat16. TrainingError for another stage than 2, and for
-    weights or an optimiser that are cast or moved off.
+    """Tells DeepSpeed, before accelerator.prepare, what the trainer's own settings say. clip: the largest
+    norm of the gradient; autocast: whether the network runs in bfloat16. TrainingError for another stage than
+    2, and for weights or an optimiser that are cast or moved off.
     """
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     zero = settings.get("zero_optimization", {})

@@ -1,7 +1,8 @@
 """ZeRO-2 through DeepSpeed: the weights whole on every process, gradients and optimiser shared out.
 
-DeepSpeed's engine casts, cuts the gradient's norm and steps by itself. Weights stay in float32 here, as they do
-under DDP and FSDP, and checkpoints hold the same tensors under the same names: a run goes on under any launcher.
+DeepSpeed's engine casts, cuts the gradient's norm and steps by itself. Weights stay in float32 here, as they
+do under DDP and FSDP, and checkpoints hold the same tensors under the same names: a run goes on under any
+launcher.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def backward(engine: Any, loss: Tensor, last: bool) -> None:
 
 
 def step(engine: Any) -> float:
-    """One step of the optimiser; the gradient's norm before it is cut. DeepSpeed takes no step when that is not
-    finite.
+    """One step of the optimiser; the gradient's norm before it is cut. DeepSpeed takes no step when that is
+    not finite.
     """
     engine.step()
     return float(engine.get_global_grad_norm())
@@ -38,8 +39,8 @@ def _learned(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def optimizer_state(module: nn.Module, optimizer: Any) -> dict:
-    """{"state": name -> key -> tensor, "param_groups": [...]} as torch's get_optimizer_state_dict gives it, from
-    all processes, which all take part. {"state": {}} before the first step.
+    """{"state": name -> key -> tensor, "param_groups": [...]} as torch's get_optimizer_state_dict gives it,
+    from all processes, which all take part. {"state": {}} before the first step.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -81,7 +82,7 @@ def restore(module: nn.Module, optimizer: Any, state: dict[str, dict[str, Tensor
         "exp_avg_sq": torch.zeros_like(partition),
     }
     # As after its first step: each weight is told where in the partition its state lies.
-    optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
+    optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in learned:
         for key in ("exp_avg", "exp_avg_sq"):
             safe_set_full_optimizer_state(parameter, state[name][key].to(partition), key)
