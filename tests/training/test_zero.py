@@ -1,5 +1,6 @@
 """ZeRO-2 through DeepSpeed, on two CPU processes: the run that DDP makes, in the same files."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from drm import load_drm
 from tests.training.encoded import make_config, write_base, write_encoded
 from tests.training.processes import numbers, start, train
+from training.engine import launch
 
-pytest.importorskip("deepspeed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="wants pip install deepspeed"
+)
 RECIPE = {"noise": "independent", "sigma_draw": "logit-normal", "ema": 0.0, "micro_batch": 2, "save_every": 2}
 WIDTHS = (2, 7, 256), (2, 256)
 
@@ -40,6 +44,7 @@ def scores(files: Path, name: str) -> torch.Tensor:
     return load_drm(files / name / "reward.safetensors").score(latents, 0.4, *prompts)
 
 
+@needs_deepspeed
 @pytest.mark.parametrize("part", ["full", "lora"])
 def test_it_is_the_run_of_two_plain_processes(files: Path, part: str):
     train(config(files, f"plain_{part}", part=part), world=2)
@@ -52,6 +57,7 @@ def test_it_is_the_run_of_two_plain_processes(files: Path, part: str):
     )
 
 
+@needs_deepspeed
 @pytest.mark.parametrize(("before", "after"), [("2", "2"), ("2", None), (None, "2")])
 def test_a_checkpoint_goes_on_under_any_launcher(files: Path, before: str | None, after: str | None):
     name = f"from_{before}_to_{after}"
@@ -62,12 +68,20 @@ def test_a_checkpoint_goes_on_under_any_launcher(files: Path, before: str | None
     assert losses(files, name) == pytest.approx(losses(files, "whole"), abs=1e-5)
 
 
+@needs_deepspeed
 def test_another_stage_is_refused_in_a_sentence(files: Path, tmp_path: Path):
     errors = tmp_path / "errors.txt"
     (process,) = start(config(files, "stage_3"), errors=errors, zero="3")
     process.join(240)
     assert process.exitcode == 1
     assert "DeepSpeed is configured with ZeRO's stage 3: wanted stage 2" in errors.read_text()
+
+
+def test_without_deepspeed_it_is_said_what_to_install(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(launch, "is_deepspeed_available", lambda: False)
+    with pytest.raises(launch.TrainingError, match="is not installed: pip install deepspeed"):
+        launch.make_accelerator(tmp_path)
 
 
 def test_its_file_is_one_that_accelerate_reads():
