@@ -84,6 +84,11 @@ class RewardTrainer:
         _check_data(drm, self.pairs)
         self.text_width, self.metadata = drm.prompt_dim, drm.metadata
         if zero.is_zero(self.accelerator):
+            if config.model.train != "full":
+                raise TrainingError(
+                    f"model.train is {config.model.train!r} under DeepSpeed, whose ZeRO has little to share out"
+                    " there: launch with training/configs/accelerate_8gpu.yaml, or set it to full"
+                )
             configure_zero(self.accelerator, clip=self.settings.clip, autocast=half)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
         held_out = self.pairs.columns["held_out"]
