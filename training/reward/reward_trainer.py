@@ -86,8 +86,8 @@ class RewardTrainer:
         if zero.is_zero(self.accelerator):
             if config.model.train != "full":
                 raise TrainingError(
-                    f"model.train is {config.model.train!r} under DeepSpeed, whose ZeRO has little to share out"
-                    " there: launch with training/configs/accelerate_8gpu.yaml, or set it to full"
+                    f"model.train is {config.model.train!r} under DeepSpeed, which has little to share out"
+                    " then: launch with training/configs/accelerate_8gpu.yaml, or set it to full"
                 )
             configure_zero(self.accelerator, clip=self.settings.clip, autocast=half)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
