@@ -27,7 +27,7 @@ from . import adapters
 from .inside_sampling import InsideSampling
 
 if TYPE_CHECKING:
-    from ..drm.shared import SharedScorer, Taps, TrunkFacts
+    from ..drm.shared import SharedDRM, SharedScorer, Taps, TrunkFacts
 
 Output = Tensor | tuple[Tensor | None, ...]
 # (outputs of the blocks read, the number of one, image tokens L, the network) -> (n, L, width)

@@ -32,7 +32,7 @@ def build_autoencoder() -> AutoencoderTiny:
 
 def to_float(pictures: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def to_uint8(pictures: torch.Tensor) -> np.ndarray:

@@ -27,7 +27,16 @@ UNSTYLED = ("{word}", "a {word}", "{word} emoji")
 
 
 def train_tokenizer(demo: DemoData) -> Tokenizer:
-    """Byte-level BPE in which every caption word is one token and any other text still encodes."""
+    """The tokenizer of the icons' captions."""
+    words = [word for words in demo.words for word in words]
+    styles = [t.format(word="", style=style) for t in TEMPLATES for style in STYLES]
+    return tokenizer_of(words + styles * 10, LENGTH)
+
+
+def tokenizer_of(texts: list[str], length: int) -> Tokenizer:
+    """Byte-level BPE in which every word of the texts is one token and any other text still encodes; captions
+    are cut and filled to `length` tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -40,13 +49,16 @@ def train_tokenizer(demo: DemoData) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = [word for words in demo.words for word in words]
-    styles = [t.format(word="", style=style) for t in TEMPLATES for style in STYLES]
-    tokenizer.train_from_iterator(words + styles * 10, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     ids = [(BOS, tokenizer.token_to_id(BOS)), (EOS, tokenizer.token_to_id(EOS))]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=ids)
-    tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(length=LENGTH, pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
+    return of_length(tokenizer, length)
+
+
+def of_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
+    """The tokenizer, cutting and filling to so many tokens."""
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
     return tokenizer
 
 
@@ -58,7 +70,7 @@ def build_text_encoder(tokenizer: Tokenizer) -> CLIPTextModel:
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=tokenizer.padding["length"],
         projection_dim=256,
         bos_token_id=tokenizer.token_to_id(BOS),
         eos_token_id=tokenizer.token_to_id(EOS),
