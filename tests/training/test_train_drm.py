@@ -209,15 +209,15 @@ def test_the_authors_recipe_is_one_run_however_it_is_cut_or_spread(files: Path, 
     """Their head with its dropout, noise of its own for each side, logit-normal sigmas, no averages."""
     model = {"head": "conv_gn", "train": part, "lora_rank": 4}
     recipe = {"noise": "independent", "sigma_draw": "logit-normal", "ema": 0.0, "weight_decay": 1e-4}
+    recipe["micro_batch"] = 4  # sums of other parts round otherwise, and Adam makes whole steps of rounding
     outs = {name: files / f"authors_{part}_{name}" for name in ("whole", "parted", "two")}
     train(make_config(files, model=model, out=str(outs["whole"]), steps=4, **recipe))
     for steps in (2, 4):
         train(make_config(files, model=model, out=str(outs["parted"]), steps=steps, **recipe))
-    train(make_config(files, model=model, out=str(outs["two"]), steps=4, micro_batch=4, **recipe), world=2)
+    train(make_config(files, model=model, out=str(outs["two"]), steps=4, **recipe), world=2)
     losses = {name: [row["loss"] for row in numbers(out / "log.jsonl")][-4:] for name, out in outs.items()}
     assert losses["parted"] == losses["whole"]
-    # Later on Adam may have made whole steps of rounding errors, see `scores`.
-    assert losses["two"][:3] == pytest.approx(losses["whole"][:3], abs=1e-5)
+    assert losses["two"] == pytest.approx(losses["whole"], abs=1e-6)
     assert torch.equal(scores(outs["parted"]), scores(outs["whole"]))
     drm = load_drm(outs["whole"] / "reward.safetensors")
     assert drm.head.to_dict()["kind"] == "conv_gn"
