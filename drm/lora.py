@@ -1,4 +1,5 @@
-"""A LoRA on SD3's attention, learned on ComfyUI's network in place and saved so that everything loads it.
+"""A LoRA on a network's attention, learned on ComfyUI's network in place and saved so that everything loads
+it.
 
     y = W x + (alpha / rank) B A x            A (rank, in), B (out, rank), B = 0 at the start
 
@@ -9,7 +10,8 @@ the fused output its pair adds to. The file has PEFT's names,
     transformer.transformer_blocks.{i}.attn.to_q.lora_A.weight / .lora_B.weight
 
 with alpha / rank folded into lora_B and no .alpha: diffusers would ignore one, and the stock LoraLoader reads
-these.
+these. Other families keep ComfyUI's own names, diffusion_model.{layer}.lora_A.weight, which that loader reads
+for every model.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PREFIX = "transformer."
+COMFY_PREFIX = "diffusion_model."
 FORMAT = "drm-lora"
 _LAYER = re.compile(r"^joint_blocks\.(\d+)\.(x_block|context_block)\.(attn2?)\.(qkv|proj)$")
 _PARTS = {
@@ -44,14 +47,25 @@ class LoRAFileError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """name: the layer in diffusers' transformer; layer: in ComfyUI's network; rows: its part of that
-    output.
-    """
+    """name: the layer in the file; layer: in ComfyUI's network; rows: its part of that output."""
 
     name: str
     layer: str
     rows: tuple[int, int]
     in_features: int
+
+
+def named_targets(layers: Mapping[str, nn.Module]) -> list[Target]:
+    """Linear layers of ComfyUI's network by their names in it, one pair of matrices each."""
+    return [
+        Target(
+            name=f"{COMFY_PREFIX}{name}",
+            layer=name,
+            rows=(0, module.weight.shape[0]),
+            in_features=module.weight.shape[1],
+        )
+        for name, module in layers.items()
+    ]
 
 
 def comfy_targets(network: nn.Module) -> list[Target]:
@@ -70,7 +84,7 @@ def comfy_targets(network: nn.Module) -> list[Target]:
         for index, part in enumerate(parts):
             found.append(
                 Target(
-                    name=f"transformer_blocks.{block}.{attention}.{part}",
+                    name=f"{PREFIX}transformer_blocks.{block}.{attention}.{part}",
                     layer=layer,
                     rows=(index * size, (index + 1) * size),
                     in_features=in_features,
@@ -132,8 +146,8 @@ class Adapters(nn.Module):
         """Names and matrices of the file, on the CPU in float32, each with memory of its own."""
         found = {}
         for target, down, up in zip(self.targets, self.down, self.up, strict=True):
-            found[f"{PREFIX}{target.name}.lora_A.weight"] = down.detach().cpu().clone()
-            found[f"{PREFIX}{target.name}.lora_B.weight"] = up.detach().cpu() * self.scale
+            found[f"{target.name}.lora_A.weight"] = down.detach().cpu().clone()
+            found[f"{target.name}.lora_B.weight"] = up.detach().cpu() * self.scale
         return found
 
     @torch.no_grad()
@@ -152,8 +166,8 @@ class Adapters(nn.Module):
                     " rank and the base model to those the LoRA was trained with"
                 )
         for target, down, up in zip(self.targets, self.down, self.up, strict=True):
-            down.copy_(tensors[f"{PREFIX}{target.name}.lora_A.weight"])
-            up.copy_(tensors[f"{PREFIX}{target.name}.lora_B.weight"] / self.scale)
+            down.copy_(tensors[f"{target.name}.lora_A.weight"])
+            up.copy_(tensors[f"{target.name}.lora_B.weight"] / self.scale)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:

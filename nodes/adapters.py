@@ -20,6 +20,7 @@ import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.sample
 import comfy.utils
 import folder_paths
 import torch
@@ -107,6 +108,17 @@ def is_one_frame(samples: Tensor) -> bool:
 def without_frames(samples: Tensor) -> Tensor:
     """(B, C, H, W) of (B, C, 1, H, W) or of itself."""
     return samples.squeeze(2) if samples.ndim == 5 else samples
+
+
+def empty_latent(model: comfy.model_patcher.ModelPatcher, width: int, height: int) -> Tensor:
+    """Zeros as the model's Empty Latent node makes them for one picture: of its channels, and with one frame
+    where it draws videos too.
+    """
+    latent_format = model.get_model_object("latent_format")
+    large = 16 if isinstance(latent_format, getattr(comfy.latent_formats, "Flux2", ())) else 8
+    scale = getattr(latent_format, "spacial_downscale_ratio", large)
+    samples = torch.zeros(1, latent_format.latent_channels, height // scale, width // scale)
+    return comfy.sample.fix_empty_latent_channels(model, samples)
 
 
 def stream_ids(latent: dict) -> list[int]:
@@ -325,11 +337,6 @@ def _check_sd3(model: comfy.model_patcher.ModelPatcher) -> None:
             " is not of the SD3 family, whose latents this DRM reads: load SD3.5, or a DRM whose head was"
             " made for this model"
         )
-
-
-def attention_network(model: comfy.model_patcher.ModelPatcher) -> torch.nn.Module:
-    """The network of a MODEL, whose attention a LoRA is trained on."""
-    return network_of(model.model)
 
 
 def network_of(base: comfy.model_base.BaseModel) -> torch.nn.Module:

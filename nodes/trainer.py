@@ -19,6 +19,7 @@ from .grpo.run import Run
 from .loader import DRMModel
 from .sampler import MAX_SEED
 from .score import show_on_node
+from .step_loop import check
 
 NO_LORA = "none"
 PROMPTS = "a red heart, flat style\na smiling face\na green tree\na slice of pizza"
@@ -78,7 +79,11 @@ class StepGRPOLoRATrainer(io.ComfyNode):
 def training_inputs() -> list[io.Input]:
     """What is connected, what is asked for, and how it is learned."""
     return [
-        io.Model.Input("model", tooltip="The model to train on, of the SD3 family. It stays as it is."),
+        io.Model.Input(
+            "model",
+            tooltip="The model to train on: SD3.5, FLUX, Qwen-Image, Z-Image or their kind. It stays as it"
+            " is.",
+        ),
         DRMModel.Input("drm", display_name="DRM", tooltip="The reward model, from DRM Loader."),
         io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
         io.String.Input(
@@ -246,12 +251,11 @@ def prepare(
         lora, _ = load_lora(folder_paths.get_full_path("loras", lora_name))
     prompts = encode(clip, training.prompts)
     sampling = model.get_model_object("model_sampling")
-    empty = torch.zeros(1, 16, training.height // 8, training.width // 8)
+    empty = adapters.empty_latent(model, training.width, training.height)
     for condition in prompts:
-        scored = adapters.ScoringPrompts(condition, adapters.sd3_percent_to_sigma)
-        adapters.check_policy(model, scored, empty)
-        adapters.check_drm_fits(drm, scored, empty, model)
-        adapters.check_drm_fits(judge, scored, empty)
+        scored = adapters.ScoringPrompts(condition, sampling.percent_to_sigma)
+        for one in (drm, judge):
+            check(model, one, scored, empty)
     if getattr(sampling, "noise_scale", 1.0) != 1.0:
         raise ValueError(
             f"the MODEL's noise scale is {sampling.noise_scale}, wanted 1: take that patch off it"

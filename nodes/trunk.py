@@ -48,13 +48,15 @@ _SAID: "WeakKeyDictionary[SharedDRM, set[str]]" = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Family:
     """name: in files. lists: of blocks, in the order they run. width: the attribute with a token's width.
-    image: finds the image tokens in what a block returns.
+    image: finds the image tokens in what a block returns. attention: the layers of a block that a LoRA is
+    learned on, where a block has them; SD3's are in drm/lora.py.
     """
 
     name: str
     lists: tuple[str, ...]
     width: str
     image: Image
+    attention: tuple[str, ...] = ()
 
 
 def _second(outputs: Mapping[int, Output], number: int, length: int, network: torch.nn.Module) -> Tensor:
@@ -92,16 +94,27 @@ def _behind_caption(
 
 
 _FLUX_LISTS = ("double_blocks", "single_blocks")
+_FLUX_ATTENTION = ("img_attn.qkv", "img_attn.proj", "txt_attn.qkv", "txt_attn.proj", "linear1", "linear2")
+_QWEN_ATTENTION = tuple(
+    f"attn.{layer}"
+    for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+_WAN_ATTENTION = tuple(f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo")
+_HIDREAM_ATTENTION = tuple(
+    f"block.attn1.{layer}{text}" for text in ("", "_t") for layer in ("to_q", "to_k", "to_v", "to_out")
+)
 # By the class of the network.
 FAMILIES = {
     "OpenAISignatureMMDITWrapper": Family("sd3", ("joint_blocks",), "hidden_size", _second),
-    "Flux": Family("flux", _FLUX_LISTS, "hidden_size", _flux),
-    "Chroma": Family("chroma", _FLUX_LISTS, "hidden_size", _flux),
-    "QwenImageTransformer2DModel": Family("qwen_image", ("transformer_blocks",), "inner_dim", _second),
-    "NextDiT": Family("lumina2", ("layers",), "dim", _behind_caption),
-    "WanModel": Family("wan", ("blocks",), "dim", _last),
+    "Flux": Family("flux", _FLUX_LISTS, "hidden_size", _flux, _FLUX_ATTENTION),
+    "Chroma": Family("chroma", _FLUX_LISTS, "hidden_size", _flux, _FLUX_ATTENTION),
+    "QwenImageTransformer2DModel": Family(
+        "qwen_image", ("transformer_blocks",), "inner_dim", _second, _QWEN_ATTENTION
+    ),
+    "NextDiT": Family("lumina2", ("layers",), "dim", _behind_caption, ("attention.qkv", "attention.out")),
+    "WanModel": Family("wan", ("blocks",), "dim", _last, _WAN_ATTENTION),
     "HiDreamImageTransformer2DModel": Family(
-        "hidream", ("double_stream_blocks", "single_stream_blocks"), "inner_dim", _first
+        "hidream", ("double_stream_blocks", "single_stream_blocks"), "inner_dim", _first, _HIDREAM_ATTENTION
     ),
 }
 
@@ -133,6 +146,17 @@ def blocks_of(base: comfy.model_base.BaseModel) -> list[torch.nn.Module]:
     """The blocks in the order they run; block number n is the n-th."""
     network = adapters.network_of(base)
     return [block for name in family_of(base).lists for block in getattr(network, name)]
+
+
+def attention_layers(base: comfy.model_base.BaseModel) -> dict[str, torch.nn.Module]:
+    """The attention layers of all blocks by their names in the network, in order."""
+    network, family = adapters.network_of(base), family_of(base)
+    found = {}
+    for name in family.lists:
+        for number, block in enumerate(getattr(network, name)):
+            layers = dict(block.named_modules())
+            found |= {f"{name}.{number}.{part}": layers[part] for part in family.attention if part in layers}
+    return found
 
 
 def trunk_facts(model: comfy.model_patcher.ModelPatcher, taps: tuple[int, ...]) -> "TrunkFacts":

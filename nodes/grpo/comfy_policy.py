@@ -8,7 +8,7 @@ the function given may call the network as it likes. The unconditional branch of
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -17,19 +17,25 @@ import comfy.model_patcher
 import comfy.samplers
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .. import adapters, trunk
 from ..inside_sampling import InsideSampling
 
 CALCULATE = "sampler_calc_cond_batch_function"
 ATTENTION = "optimized_attention_override"
+NEW = {Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
 
 
 class ComfyPolicy:
     """The network with its prompts, for as long as the sampling lasts. `smaller()` makes it spare memory."""
 
-    def __init__(self, guider: comfy.samplers.CFGGuider, extra_args: dict, network: nn.Module) -> None:
+    def __init__(
+        self, guider: comfy.samplers.CFGGuider, extra_args: dict, network: nn.Module, has_frames: bool
+    ) -> None:
         self.guider, self.extra_args, self.network = guider, extra_args, network
+        self.blocks, self.has_frames = trunk.blocks_of(guider.inner_model), has_frames
         self.device = guider.model_patcher.load_device
         self.largest: int | None = None
         self.recompute = False
@@ -40,20 +46,24 @@ class ComfyPolicy:
 
     def velocity(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
         parts = x.split(self.largest or len(x))
-        call = self._recomputed if self.recompute else self._velocity
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return torch.cat([call(prompt, part, sigma) for part in parts])
-        return torch.cat([checkpoint(call, prompt, part, sigma, use_reentrant=False) for part in parts])
+        if not torch.is_grad_enabled():
+            return torch.cat([self._velocity(prompt, part, sigma) for part in parts])
+        if len(parts) == 1:
+            return self._learning(prompt, x, sigma)
+        return torch.cat(
+            [checkpoint(self._learning, prompt, part, sigma, use_reentrant=False) for part in parts]
+        )
 
-    def _recomputed(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
-        with recomputed_blocks(self.network):
+    def _learning(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
+        with learning_blocks(self.blocks, self.recompute):
             return self._velocity(prompt, x, sigma)
 
     def _velocity(self, prompt: int, x: Tensor, sigma: float) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
         self.guider.conds["positive"] = self.guider.conds[_key(prompt)]
-        denoised = self.guider(x, sigma * x.new_ones(len(x)), **self.extra_args)
-        return (x - denoised) / sigma
+        latents = x.unsqueeze(2) if self.has_frames else x
+        denoised = self.guider(latents, sigma * x.new_ones(len(x)), **self.extra_args)
+        return (x - adapters.without_frames(denoised)) / sigma
 
     def smaller(self, batch: int) -> str | None:
         """Takes less memory from now on, at the cost of time; what it does, or None when nothing is left."""
@@ -65,6 +75,15 @@ class ComfyPolicy:
             self.recompute = True
             return "every block computed again for its gradient"
         return None
+
+
+class NothingInPlace(TorchFunctionMode):
+    """Within it `x += y` makes a new tensor: some blocks overwrite what autograd has kept, and computed again
+    they would do so unnoticed.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return NEW.get(function, function)(*args, **(kwargs or {}))
 
 
 def _torch_attention(function: Callable, *args, **kwargs) -> Tensor:
@@ -101,7 +120,7 @@ def within_sampling(
         options[CALCULATE] = without_unconditional_graph(options.get(CALCULATE))
         # Some attention kernels have no backward pass; torch's own always has.
         options.setdefault("transformer_options", {})[ATTENTION] = _torch_attention
-        return run(ComfyPolicy(guider, extra_args, network))
+        return run(ComfyPolicy(guider, extra_args, network, latents.ndim == 5))
 
     sampler = InsideSampling(inside)
     with torch.inference_mode(False), torch.enable_grad():
@@ -164,18 +183,24 @@ def thaw(network: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def recomputed_blocks(network: nn.Module) -> Iterator[None]:
-    """Within it, a forward pass of the network keeps no graph inside its blocks but computes them again in
-    backward.
+def learning_blocks(blocks: Iterable[nn.Module], recompute: bool) -> Iterator[None]:
+    """Within it these blocks overwrite nothing that a gradient needs; recompute: they keep no graph of their
+    inside but compute it again in backward.
     """
     changed = []
     try:
-        for block in network.joint_blocks:
+        for block in blocks:
 
-            def forward(*args, original=block.forward, **kwargs):
+            def compute(*args, original=block.forward, **kwargs):
+                with NothingInPlace():
+                    return original(*args, **kwargs)
+
+            def forward(*args, original=block.forward, compute=compute, **kwargs):
                 if not torch.is_grad_enabled():
                     return original(*args, **kwargs)
-                return checkpoint(original, *args, use_reentrant=False, **kwargs)
+                if recompute:
+                    return checkpoint(compute, *args, use_reentrant=False, **kwargs)
+                return compute(*args, **kwargs)
 
             block.forward = forward
             changed.append(block)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sample
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ...drm.grpo import Figures, roll_out
-from ...drm.lora import Adapters, comfy_targets
+from ...drm.lora import Adapters, Target, comfy_targets, named_targets
 from .. import adapters as comfy_adapters
+from .. import trunk
 from ..score import score_latents
 from . import preflight
 from .comfy_policy import ComfyPolicy
@@ -28,6 +30,7 @@ from .files import Progress, State
 from .inputs import PICTURES, Training
 from .watch import Watch, diversity
 
+Score = Callable[[Tensor, float, Tensor], Tensor]
 HELD_OUT_SIGMAS = (0.1, 0.3, 0.5)
 MASK = 0xFFFFFFFFFFFFFFFF
 
@@ -58,6 +61,13 @@ class Pictures:
     diversity: float
 
 
+def targets_of(base: comfy.model_base.BaseModel) -> list[Target]:
+    """The attention layers of a MODEL's network; ValueError for a family whose are not known."""
+    if trunk.family_of(base).name == "sd3":
+        return comfy_targets(comfy_adapters.network_of(base))
+    return named_targets(trunk.attention_layers(base))
+
+
 class OutOfMemoryError(RuntimeError):
     """No smaller part is left to take at once."""
 
@@ -68,11 +78,11 @@ class Learner:
     def __init__(self, training: Training, models: Models, tick: Callable[[int], object]) -> None:
         """tick: called at every step with the number of steps that the run has taken."""
         self.training, self.models, self.tick = training, models, tick
-        self.network = comfy_adapters.attention_network(models.model)
+        self.network = comfy_adapters.network_of(models.model.model)
         self.sampling = models.model.get_model_object("model_sampling")
         self.sigmas = comfy.samplers.calculate_sigmas(self.sampling, "simple", training.steps)
-        self.latents = torch.zeros(1, 16, training.height // 8, training.width // 8)
-        self.adapters = Adapters(comfy_targets(self.network), training.rank, training.alpha, training.seed)
+        self.latents = comfy_adapters.empty_latent(models.model, training.width, training.height)
+        self.adapters = Adapters(targets_of(models.model.model), training.rank, training.alpha, training.seed)
         if models.lora is not None:
             self.adapters.load(models.lora)
         self.adapters.to(models.model.load_device)
@@ -143,7 +153,7 @@ class Learner:
         streams = [item * training.group + i for i in range(training.group)]
         return roll_out(
             policy.of(prompt),
-            self.scorer(self.models.drm, prompt, training.group),
+            self.scorer(policy, self.models.drm, prompt, training.group),
             self.noise(streams),
             self.sigmas,
             training.settings,
@@ -155,7 +165,7 @@ class Learner:
         )
 
     def _without(self, velocity: Callable, x: Tensor, sigma: float) -> Tensor:
-        """The frozen policy's velocity."""
+        """What the frozen policy gives."""
         self.adapters.enabled = False
         try:
             return velocity(x, sigma)
@@ -210,7 +220,7 @@ class Learner:
                 x = torch.cat(
                     [x_ + policy.velocity(number, x_, sigma) * (sigma_next - sigma) for x_ in x.split(1)]
                 )
-            scorer = self.scorer(self.models.judge, number, count)
+            scorer = self.scorer(policy, self.models.judge, number, count)
             scores += [
                 score_latents(scorer, x, sigma, 2, self.training.seed ^ 1) for sigma in HELD_OUT_SIGMAS
             ]
@@ -238,8 +248,14 @@ class Learner:
         """Starting noise (len(streams), C, H, W) on the device, ComfyUI's own of a seed a stream."""
         seeds = [(self.training.seed * 1_000_003 + stream) & MASK for stream in streams]
         noise = torch.cat([comfy.sample.prepare_noise(self.latents, seed) for seed in seeds])
-        return noise.to(self.models.model.load_device)
+        return comfy_adapters.without_frames(noise).to(self.models.model.load_device)
 
-    def scorer(self, drm: object, prompt: int, batch: int) -> comfy_adapters.Scorer:
+    def scorer(self, policy: ComfyPolicy, drm: object, prompt: int, batch: int) -> Score:
+        """A head on the MODEL's own tokens reads those of the MODEL as it came, never what is learned."""
         prompts = comfy_adapters.ScoringPrompts(self.models.prompts[prompt], self.sampling.percent_to_sigma)
-        return comfy_adapters.Scorer(drm, prompts, batch)
+        if not comfy_adapters.is_shared(drm):
+            return comfy_adapters.Scorer(drm, prompts, batch)
+        options = policy.extra_args["model_options"]
+        like = self.latents.to(policy.device).expand(batch, *self.latents.shape[1:])
+        score = trunk.shared_scorer(drm, policy.guider.inner_model, options, prompts, like)
+        return lambda x, sigma, items: self._without(lambda x, sigma: score(x, sigma, items), x, sigma)

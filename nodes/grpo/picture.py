@@ -14,16 +14,27 @@ GAP, LABEL = 4, 22
 
 
 def to_pictures(latents: Tensor, latent_format: object, vae: object | None) -> list[Image.Image]:
-    """(B, C, H, W) latents in model space as pictures; without a VAE small colours, enlarged."""
+    """(B, C, H, W) latents in model space as pictures; without a VAE small colours, enlarged, or shades where
+    ComfyUI knows no colours for the model.
+    """
     if vae is None:
-        previewer = latent_preview.Latent2RGBPreviewer(
-            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
-        )
-        small = [previewer.decode_latent_to_preview(x.unsqueeze(0)) for x in latents]
+        small = [_rough(x.unsqueeze(0), latent_format) for x in latents]
         return [picture.resize((8 * picture.width, 8 * picture.height)) for picture in small]
+    framed = latents.unsqueeze(2) if latent_format.latent_dimensions == 3 else latents
     with torch.inference_mode():
-        images = torch.cat([vae.decode(latent_format.process_out(x.unsqueeze(0))) for x in latents])
+        images = torch.cat([vae.decode(latent_format.process_out(x.unsqueeze(0))) for x in framed])
+    images = images.reshape(-1, *images.shape[-3:])
     return [Image.fromarray(array) for array in (255 * images.clamp(0, 1)).byte().cpu().numpy()]
+
+
+def _rough(latent: Tensor, latent_format: object) -> Image.Image:
+    factors = latent_format.latent_rgb_factors
+    if factors is None or len(factors) != latent.shape[1]:
+        shade = latent[0].float().mean(dim=0)
+        shade = (shade - shade.min()) / (shade.max() - shade.min()).clamp_min(1e-6)
+        return Image.fromarray((255 * shade).byte().cpu().numpy()).convert("RGB")
+    previewer = latent_preview.Latent2RGBPreviewer(factors, latent_format.latent_rgb_factors_bias)
+    return previewer.decode_latent_to_preview(latent)
 
 
 def to_image(picture: Image.Image) -> Tensor:

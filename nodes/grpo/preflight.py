@@ -14,6 +14,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ..trunk import token_grid
 from .comfy_policy import ComfyPolicy, graph_bytes
 from .inputs import Training
 
@@ -102,12 +103,13 @@ def _graph(policy: ComfyPolicy, prompt: int, noise: Tensor, text_length: int) ->
     height, width = (max(2, length // 4 * 2) for length in noise.shape[-2:])
     small = noise[:1, :, :height, :width].contiguous()
     measured = graph_bytes(lambda: policy.velocity(prompt, small, 1.0), policy.network)
-    tokens, small_tokens = (x.shape[-2] * x.shape[-1] / 4 + text_length for x in (noise, small))
+    grids = (token_grid(policy.network, *x.shape[-2:]) for x in (noise, small))
+    tokens, small_tokens = (rows * columns + text_length for rows, columns in grids)
     if policy.recompute:  # what one block holds while it is computed again
         policy.recompute = False
         whole = graph_bytes(lambda: policy.velocity(prompt, small, 1.0), policy.network)
         policy.recompute = True
-        measured += whole / len(policy.network.joint_blocks)
+        measured += whole / len(policy.blocks)
     return measured * tokens / small_tokens
 
 

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import adapters
 from ..score import show_on_node
 from . import picture
 from .learner import Pictures
@@ -19,19 +18,20 @@ def show(run: Run, line: str, vae: object | None) -> None:
     show_on_node(line)
     if run.latest is None:
         return
-    pictures = pictures_of(run.latest, vae)[:4]
+    pictures = pictures_of(run, run.latest, vae)[:4]
     curve = picture.draw_curve(run.state.progress.rewards, run.held_out, run.training.iterations)
     sheet = picture.stacked(curve, picture.grid([(line.split(",")[0], pictures)]))
     run.show_picture(("JPEG", sheet, None))
 
 
-def pictures_of(pictures: Pictures, vae: object | None) -> list[Image.Image]:
-    return picture.to_pictures(torch.cat(pictures.latents), adapters.LATENT_FORMAT, vae)
+def pictures_of(run: Run, pictures: Pictures, vae: object | None) -> list[Image.Image]:
+    latent_format = run.models.model.get_model_object("latent_format")
+    return picture.to_pictures(torch.cat(pictures.latents), latent_format, vae)
 
 
 def before_and_after(run: Run, vae: object | None) -> Tensor:
     """The grid as an IMAGE (1, H, W, 3): the prompts kept aside, from equal noise."""
-    before, after = (pictures_of(found, vae) for found in (run.before, run.best))
+    before, after = (pictures_of(run, found, vae) for found in (run.before, run.best))
     return picture.to_image(picture.grid([("before", before), ("after", after)]))
 
 

@@ -113,7 +113,8 @@ def guided_denoise(
     1, else two in one batch.
     """
     empty = [""] * len(captions) * (cfg != 1)
-    embeds, pooled = text.embed(generator.text_encoder, text.encode_ids(tokenizer, captions + empty))
+    ids = text.encode_ids(tokenizer, captions + empty).to(generator.transformer.device)
+    embeds, pooled = text.embed(generator.text_encoder, ids)
     return guided_by(generator, embeds, pooled, len(captions), cfg)
 
 
@@ -152,18 +153,24 @@ def draw(
     *,
     steps: int = 20,
     cfg: float = 3.0,
+    noise_level: float = 0.0,
     batch: int = 64,
 ) -> torch.Tensor:
-    """Plain Euler sampling of one picture a caption: model-space latents (N, 16, 16, 16)."""
+    """One picture a caption, by Euler's method or with SDE noise: model-space latents (N, 16, 16, 16)."""
     results = []
     for first in range(0, len(captions), batch):
         denoise = guided_denoise(generator, tokenizer, captions[first : first + batch], cfg)
-        noise = initial_noise(seeds[first : first + batch])
-        results.append(
-            stepwise.sample_stepwise(
-                denoise, None, noise, flow.schedule(steps, SHIFT), num_branches=1, noise_level=0.0
-            )[0]
+        some = seeds[first : first + batch]
+        latents, _ = stepwise.sample_stepwise(
+            denoise,
+            None,
+            initial_noise(some).to(generator.transformer.device),
+            flow.schedule(steps, SHIFT),
+            num_branches=1,
+            noise_level=noise_level,
+            item_ids=some,
         )
+        results.append(latents)
     return torch.cat(results)
 
 

@@ -8,6 +8,8 @@ Every stage takes its share of the minutes, goes on where it was stopped, and is
     autoencoder   TAESD's shape, 16 channels
     judge, rater  the two detectors
     generator     transformer and text encoder, by flow matching
+    drawings      of many captions in many ways, rated
+    reward        the DRM, by training.train_drm's own trainer on these
 
 --warm: a folder with autoencoder.safetensors and generator.safetensors of the same shapes to start from.
 """
@@ -15,386 +17,111 @@ Every stage takes its share of the minutes, goes on where it was stopped, and is
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import dataclasses
-import functools
 import json
-import multiprocessing
-import os
-import time
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from drm import flow
 from drm.ranges import Range
-from training.config import argument
-from training.demo import autoencoder as ae
+from drm.sd3 import comfy_layout
+from training.config import DataConfig, DRMConfig, ModelConfig, TrainConfig, argument
+from training.data.decoders import PREFIX_VAE
 from training.demo import text
-from training.demo.detector import (
-    Detector,
-    augmented,
-    build_judge,
-    build_rater,
-    detection_loss,
-    opinions,
-    targets,
-)
-from training.demo.fit import device, fit, in_bfloat16, once
-from training.demo.generator import SHIFT, Generator, decode, draw, grid
-from training.demo.icons import Renderer
-from training.demo.scenes import (
-    SIZE,
-    Caption,
-    Placed,
-    benchmark_captions,
-    edited,
-    place,
-    random_caption,
-    things,
-    trained_caption,
-)
+from training.demo.export import PREFIX_MODEL, save, taesd_layout
+from training.demo.fit import TIMED, WARM, device, once
+from training.demo.generator import Generator
+from training.demo.icons import LICENCE
+from training.demo.learning import encode, make_autoencoder, make_detector, make_generator
+from training.demo.rated_drawings import draw_all, write_encoded
+from training.demo.rendered import render_all, renderer
+from training.reward.reward_trainer import RESULT, RewardTrainer
 
 Minutes = Annotated[float, Range(0, 10_080, above=True)]
-SHARES = {"scenes": 0.03, "autoencoder": 0.06, "judge": 0.05, "rater": 0.05, "generator": 0.45}
-SMALL = 64
-TOKENS = 16
-# of the rendered pictures: without anything held out, any, single things
-OF_SET = {"trained": 0.6, "any": 0.25, "small": 0.15}
-FEWEST, MOST = 1024, 60_000
-SEEDS = {"trained": 1, "any": 2, "small": 3}
-SMALL_EVERY = 3  # every third step of the generator is one of single things
-UNCAPTIONED = 0.1
-DECODED = 4000  # pictures the detectors also see as the autoencoder hands them on
+SHARES = {"scenes": 0.03, "autoencoder": 0.06, "judge": 0.05, "rater": 0.05}
+SHARES |= {"generator": 0.45, "drawings": 0.08, "reward": 0.28}
+CHECKPOINT = "checkpoints/drm_demo_scenes_sd3.safetensors"
+CLIP = "text_encoders/drm_demo_scenes_clip.safetensors"
+REWARD = "drm/drm_demo_scenes.safetensors"
+JUDGE = "judge/drm_demo_scenes_judge.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A set of rendered scenes: pictures (N, H, W, 3) uint8, and what they answer and show."""
-
-    pictures: np.ndarray
-    captions: list[Caption]
-    scenes: list[tuple[Placed, ...]]
-
-
-def scene_of(name: str, number: int) -> tuple[Caption, tuple[Placed, ...]]:
-    """The scene with this number in a set."""
-    rng = np.random.default_rng([SEEDS[name], number])
-    if name == "small":
-        caption = trained_caption(rng, (1.0, 0.0, 0.0, 0.0, 0.0))
-        return caption, place(caption, rng, SMALL)
-    caption = trained_caption(rng) if name == "trained" else random_caption(rng)
-    return caption, place(caption, rng)
-
-
-def size_of(name: str) -> int:
-    return SMALL if name == "small" else SIZE
-
-
-@functools.cache
-def _renderer(source: Path) -> Renderer:
-    return Renderer(source)
-
-
-def render(source: Path, name: str, first: int, last: int) -> np.ndarray:
-    """Pictures (last - first, H, W, 3) of scenes `first` to `last` of a set."""
-    draw_one = _renderer(source).picture
-    return np.stack([draw_one(scene_of(name, n)[1], size_of(name)) for n in range(first, last)])
-
-
-def render_all(out: Path, minutes: float) -> dict[str, int]:
-    """As many scenes as fit into the minutes, in OUT/<set>.npy; how many of each set."""
-    counted = out / "scenes.json"
-    if not counted.exists():
-        source, workers = out / "source", os.cpu_count() or 1
-        render(source, "trained", 0, 64)  # every size of every icon once
-        begun = time.monotonic()
-        render(source, "trained", 64, 320)
-        fits = int(60 * minutes * workers * 256 / (time.monotonic() - begun))
-        counts = {name: max(FEWEST, int(share * min(MOST, fits))) for name, share in OF_SET.items()}
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            for name, count in counts.items():
-                edges = range(0, count, 256)
-                jobs = [pool.submit(render, source, name, n, min(n + 256, count)) for n in edges]
-                pictures = np.concatenate([job.result() for job in jobs])
-                once(out / f"{name}.npy", lambda path, pictures=pictures: _save(path, pictures))
-        once(counted, lambda path: path.write_text(json.dumps(counts)))
-    return json.loads(counted.read_text())
-
-
-def _save(path: Path, pictures: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, pictures)
-
-
-def load_set(out: Path, name: str) -> Shown:
-    pictures = np.load(out / f"{name}.npy", mmap_mode="r")
-    both = [scene_of(name, n) for n in range(len(pictures))]
-    return Shown(pictures, [caption for caption, _ in both], [scene for _, scene in both])
-
-
-# --- autoencoder
-
-
-def make_autoencoder(out: Path, minutes: float, warm: Path | None) -> AutoencoderTiny:
-    """Trained, or trained on from a warm start."""
-    path = out / "autoencoder.safetensors"
-    network = ae.build_autoencoder()
-    if path.exists():
-        network.load_state_dict(load_file(path))
-        return network.requires_grad_(False).eval().to(device())
-    if warm:
-        network.load_state_dict({k: v.float() for k, v in load_file(warm / path.name).items()})
-    network = network.to(device(), memory_format=torch.channels_last)
-    pictures, alone = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("trained", "small"))
-    batch = 4 if device().type == "cpu" else 64
-    shown = ae.to_float(pictures[-64:]).to(device(), memory_format=torch.channels_last)
-
-    def loss(step: int, rng: torch.Generator) -> torch.Tensor:
-        parts = [ae.batch_of(p, np.arange(len(p)), batch, SMALL, rng) for p in (pictures, alone)]
-        seen = torch.cat(parts).to(device(), memory_format=torch.channels_last)
-        with in_bfloat16(device()):
-            latents = network.encoder(seen).float()
-            noise = torch.randn(latents.shape, generator=rng).to(device())
-            output = network.decoder(latents + ae.LATENT_NOISE * noise).float()
-        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-        prior = mean.square().mean() + std.clamp_min(1e-3).log().square().mean()
-        return ae.reconstruction_loss(output, seen) + 0.01 * prior
-
-    def look(step: int, network: AutoencoderTiny) -> None:
-        with torch.no_grad(), in_bfloat16(device()):
-            output = network.decoder(network.encoder(shown)).float()
-        print(f"\nautoencoder, step {step}: {ae.psnr(output, shown):.1f} dB", flush=True)
-
-    rate = 4e-4 if warm else 1e-3
-    fit(
-        network,
-        loss,
-        out / "autoencoder",
-        name="autoencoder",
-        minutes=minutes,
-        learning_rate=rate,
-        weight_decay=0.0,
-        ema=0.995,
-        looked_at=look,
-    )
-    weights = {k: v.float().contiguous().cpu() for k, v in network.state_dict().items()}
-    once(path, lambda temporary: save_file(weights, temporary))
-    return network.requires_grad_(False)
-
-
-@torch.no_grad()
-def encode(network: AutoencoderTiny, pictures: np.ndarray, batch: int = 64) -> torch.Tensor:
-    """Raw latents (N, 16, H / 8, W / 8) in half precision."""
-    parts = []
-    for first in range(0, len(pictures), batch):
-        seen = ae.to_float(pictures[first : first + batch]).to(device(), memory_format=torch.channels_last)
-        with in_bfloat16(device()):
-            parts.append(network.encoder(seen).half().cpu())
-    return torch.cat(parts)
-
-
-def latents_of(out: Path, network: AutoencoderTiny) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Model-space latents of the sets the generator learns from, and the mean and std taken out of them."""
-
-    def make(path: Path) -> None:
-        raw = {
-            name: encode(network, np.load(out / f"{name}.npy", mmap_mode="r"))
-            for name in ("trained", "small")
-        }
-        statistics = {
-            "mean": raw["trained"].float().mean().item(),
-            "std": raw["trained"].float().std().item(),
-        }
-        scaled = {k: (v.float() - statistics["mean"]) / statistics["std"] for k, v in raw.items()}
-        header = {k: repr(v) for k, v in statistics.items()}
-        save_file({k: v.half().contiguous() for k, v in scaled.items()}, path, metadata=header)
-
-    path = once(out / "latents.safetensors", make)
-    with safe_open(path, "pt") as file:
-        statistics = {k: float(v) for k, v in file.metadata().items()}
-    return load_file(path), statistics
-
-
-# --- judge and rater
-
-
-def make_detector(out: Path, name: str, minutes: float, network: AutoencoderTiny) -> Detector:
-    """The judge or the rater, in eval mode."""
-    detector = build_judge() if name == "judge" else build_rater()
-    path = out / f"{name}.safetensors"
-    if not path.exists():
-        _train_detector(out, name, detector, minutes, network)
-        weights = {k: v.contiguous().cpu() for k, v in detector.state_dict().items()}
-        once(path, lambda temporary: save_file(weights, temporary))
-    detector.load_state_dict(load_file(path))
-    return detector.requires_grad_(False).eval().to(device(), memory_format=torch.channels_last)
-
-
-def _train_detector(
-    out: Path, name: str, detector: Detector, minutes: float, network: AutoencoderTiny
-) -> None:
-    shown = load_set(out, "any")
-    kept_back = 512
-    count = len(shown.pictures) - kept_back
-    handed_on = _decoded(out, network, shown.pictures[: min(DECODED, count)])
-    detector.to(device(), memory_format=torch.channels_last)
-    batch = 64 if device().type == "cpu" else 256
-    forward = torch.compile(detector)
-
-    def loss(step: int, rng: torch.Generator) -> torch.Tensor:
-        real = torch.randint(count, (batch // 2,), generator=rng).tolist()
-        decoded = torch.randint(len(handed_on), (batch - len(real),), generator=rng).tolist()
-        pixels = np.concatenate([shown.pictures[sorted(real)], handed_on[sorted(decoded)]])
-        scenes = [shown.scenes[i] for i in (*sorted(real), *sorted(decoded))]
-        seen = augmented(ae.to_float(pixels), rng).to(device(), memory_format=torch.channels_last)
-        with in_bfloat16(device()):
-            logits = forward(seen)
-        return detection_loss(logits.float(), targets(scenes))
-
-    def look(step: int, detector: Detector) -> None:
-        figures = sureness(detector, shown, range(count, count + kept_back), out / "source", network)
-        print(f"\n{name}, step {step}: {figures}", flush=True)
-        once(out / name / f"figures_{step:06d}.json", lambda path: path.write_text(json.dumps(figures)))
-
-    seed = 11 if name == "judge" else 12
-    fit(
-        detector,
-        loss,
-        out / name,
-        name=name,
-        minutes=minutes,
-        learning_rate=2e-3,
-        seed=seed,
-        weight_decay=0.05,
-        ema=0.99,
-        looked_at=look,
-    )
-
-
-def _decoded(out: Path, network: AutoencoderTiny, pictures: np.ndarray) -> np.ndarray:
-    """The pictures as the autoencoder hands them on, kept in OUT."""
-
-    def make(path: Path) -> None:
-        raw = encode(network, pictures).float()
-        _save(path, decode(network, raw.to(device()), {"mean": 0.0, "std": 1.0}))
-
-    return np.load(once(out / "handed_on.npy", make), mmap_mode="r")
-
-
-def sureness(
-    detector: Detector, shown: Shown, which: range, source: Path, network: AutoencoderTiny
-) -> dict[str, float]:
-    """The share of scenes a detector calls right: real ones, those the autoencoder hands on, and those
-    that are wrong by one edit.
-    """
-    captions = [shown.captions[n] for n in which]
-    real = np.stack([shown.pictures[n] for n in which])
-    handed_on = decode(network, encode(network, real).float().to(device()), {"mean": 0.0, "std": 1.0})
-    rng = np.random.default_rng(7)
-    wrong = np.stack([_renderer(source).picture(place(edited(caption, rng), rng)) for caption in captions])
-    found = {"real": real, "handed_on": handed_on, "wrong_by_one": wrong}
-    return {
-        name: round(float(np.mean([o.errors == 0 for o in opinions(detector, pictures, captions)])), 4)
-        for name, pictures in found.items()
-    }
-
-
-# --- generator
-
-
-def tokenizer_for(warm: Path | None) -> Tokenizer:
-    """The warm start's tokenizer, or one of this world's words."""
-    if warm:
-        with safe_open(warm / "generator.safetensors", "pt") as file:
-            return text.of_length(Tokenizer.from_str(file.metadata()["tokenizer"]), TOKENS)
-    rng = np.random.default_rng(0)
-    named = [f"{thing.word} {thing.plural}" for thing in things()] * 10
-    return text.tokenizer_of([*named, *(str(random_caption(rng)) for _ in range(4000))], TOKENS)
-
-
-def make_generator(
-    out: Path, minutes: float, warm: Path | None, network: AutoencoderTiny
-) -> tuple[Generator, Tokenizer, dict[str, float]]:
-    """Transformer and text encoder, their tokenizer, and the statistics of their latents."""
-    path = out / "generator.safetensors"
-    latents, statistics = latents_of(out, network)
-    tokenizer = tokenizer_for(warm)
-    torch.manual_seed(0)
-    model = Generator(tokenizer)
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.requires_grad_(False).eval().to(device()), tokenizer, statistics
-    if warm:
-        model.load_state_dict(_fitting(load_file(warm / path.name), model))
-    _train_generator(out, model.to(device()), tokenizer, latents, statistics, minutes, warm, network)
-    weights = {k: v.float().contiguous().cpu() for k, v in model.state_dict().items()}
-    once(path, lambda temporary: save_file(weights, temporary, metadata={"tokenizer": tokenizer.to_str()}))
-    return model.requires_grad_(False), tokenizer, statistics
-
-
-def _fitting(weights: dict[str, torch.Tensor], model: Generator) -> dict[str, torch.Tensor]:
-    """The weights in float32, of the position embeddings as many as the model has."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    return {k: (v[: shapes[k][0]] if "position_embedding" in k else v).float() for k, v in weights.items()}
-
-
-def _train_generator(
+def export_base(
     out: Path,
-    model: Generator,
-    tokenizer: Tokenizer,
-    latents: dict[str, torch.Tensor],
-    statistics: dict[str, float],
-    minutes: float,
-    warm: Path | None,
     network: AutoencoderTiny,
-) -> None:
-    where = device()
-    captions = {name: [str(scene_of(name, n)[0]) for n in range(len(latents[name]))] for name in latents}
-    ids = {name: text.encode_ids(tokenizer, captions[name]) for name in latents}
-    nothing = text.encode_ids(tokenizer, [""])[0]
-    forward = torch.compile(model)
-    batch = {"trained": 64, "small": 160} if where.type == "cpu" else {"trained": 1024, "small": 2048}
+    generator: Generator,
+    tokenizer: Tokenizer,
+    statistics: dict[str, float],
+) -> Path:
+    """OUT/models with checkpoint, text encoder and judge; the checkpoint's path."""
+    models = out / "models"
+    transformer = generator.transformer
+    layout = comfy_layout.to_comfy_layout(transformer.state_dict(), transformer.config)
+    tensors = {PREFIX_MODEL + key: value for key, value in layout.items()}
+    tensors |= {PREFIX_VAE + key: value for key, value in taesd_layout(network, statistics).items()}
+    tensors = {key: value.cpu() for key, value in tensors.items()}
+    title = {"format": "pt", "modelspec.title": "DRM demo, scenes", "license": LICENCE}
+    save(tensors, models / CHECKPOINT, title)
+    header = {
+        "format": "drm-demo-clip",
+        "version": "1",
+        "config": json.dumps(generator.text_encoder.config.to_diff_dict()),
+        "tokenizer": tokenizer.to_str(),
+        "license": LICENCE,
+    }
+    words = {key: value.cpu() for key, value in generator.text_encoder.state_dict().items()}
+    save(text.with_prefix(words), models / CLIP, header)
+    judge = {"format": "drm-demo-scenes-judge", "license": LICENCE}
+    save(load_file(out / "judge.safetensors"), models / JUDGE, judge)
+    return models / CHECKPOINT
 
-    def loss(step: int, rng: torch.Generator) -> torch.Tensor:
-        name = "small" if step % SMALL_EVERY == SMALL_EVERY - 1 else "trained"
-        picked = torch.randint(len(latents[name]), (batch[name],), generator=rng)
-        asked = ids[name][picked]
-        asked[torch.rand(batch[name], generator=rng) < UNCAPTIONED] = nothing
-        x0 = latents[name][picked].float()
-        noise = torch.randn(x0.shape, generator=rng)
-        # stratified over the batch: the same sigmas a uniform draw gives, with less variance in the loss
-        uniform = (torch.arange(batch[name]) + torch.rand(batch[name], generator=rng)) / batch[name]
-        sigma = flow.shift_sigmas(uniform, SHIFT)
-        noisy, sigma, asked = (t.to(where) for t in (flow.add_noise(x0, noise, sigma), sigma, asked))
-        with in_bfloat16(where):
-            output = forward(noisy, sigma, asked).float()
-        return (output - (noise - x0).to(where)).square().mean()
 
-    asked = [str(caption) for caption in benchmark_captions(40)]
-
-    def look(step: int, model: Generator) -> None:
-        drawn = draw(model, tokenizer, asked, list(range(len(asked))))
-        image = grid(decode(network, drawn.to(where), statistics), 8)
-        once(out / "generator" / f"grid_{step:06d}.png", lambda path: image.save(path, "PNG"))
-
-    fit(
-        model,
-        loss,
-        out / "generator",
-        name="generator",
-        minutes=minutes,
-        learning_rate=8e-4 if where.type == "cpu" else 2e-3,
-        seed=3,
-        looked_at=look,
+def reward_config(out: Path, base: Path, folder: Path, steps: int) -> DRMConfig:
+    """By the recipe of the training commands; what is timed takes a folder of its own."""
+    batch = 64 if device().type == "cpu" else 256
+    return DRMConfig(
+        version=1,
+        name="DRM demo, scenes",
+        licence=LICENCE,
+        model=ModelConfig(base=str(base), num_kept=3, head_hidden=256, gradient_checkpointing=False),
+        data=DataConfig(encoded=str(out / "encoded")),
+        train=TrainConfig(
+            out=str(folder),
+            steps=steps,
+            global_batch=batch,
+            micro_batch=batch,
+            learning_rate=4e-4,
+            warmup=100,
+            betas=(0.9, 0.99),
+            ema=0.995,
+            noise="independent",
+            save_every=max(1, steps // 20),
+            evaluate_every=max(1, steps // 5),
+            workers=0,
+        ),
     )
+
+
+def make_reward(out: Path, minutes: float, base: Path) -> Path:
+    """The DRM in OUT/models."""
+    path, plan = out / "models" / REWARD, out / "reward.json"
+    if not path.exists():
+        if not plan.exists():
+            RewardTrainer(reward_config(out, base, out / "reward_timed", WARM + TIMED)).run()
+            rows = (out / "reward_timed" / "log.jsonl").read_text().splitlines()[WARM:]
+            rate = float(np.median([json.loads(row)["samples_per_second"] for row in rows]))
+            batch = reward_config(out, base, out, 1).train.global_batch
+            steps = {"steps": max(1, round(60 * minutes * rate / batch))}
+            once(plan, lambda temporary: temporary.write_text(json.dumps(steps)))
+        config = reward_config(out, base, out / "reward", json.loads(plan.read_text())["steps"])
+        RewardTrainer(config).run()
+        once(path, lambda temporary: shutil.copyfile(out / "reward" / RESULT, temporary))
+    return path
 
 
 def main() -> None:
@@ -411,7 +138,18 @@ def main() -> None:
     network = make_autoencoder(args.out, minutes["autoencoder"], args.warm)
     for name in ("judge", "rater"):
         make_detector(args.out, name, minutes[name], network)
-    make_generator(args.out, minutes["generator"], args.warm, network)
+    generator, tokenizer, statistics = make_generator(args.out, minutes["generator"], args.warm, network)
+    base = export_base(args.out, network, generator, tokenizer, statistics)
+    rater = make_detector(args.out, "rater", 0, network)
+    family = generator, tokenizer, network, statistics
+    parts = draw_all(args.out, minutes["drawings"], *family, rater)
+
+    def scaled(pictures: np.ndarray) -> torch.Tensor:
+        return (encode(network, pictures).float() - statistics["mean"]) / statistics["std"]
+
+    draw_scene = renderer(args.out / "source").picture
+    write_encoded(args.out, parts, draw_scene, scaled, generator, tokenizer)
+    print(f"reward model -> {make_reward(args.out, minutes['reward'], base)}")
 
 
 if __name__ == "__main__":
