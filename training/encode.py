@@ -27,7 +27,6 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from training.config import ConfigError, DRMConfig, EncodeConfig, read_config
 from training.data import shards
@@ -337,8 +336,10 @@ def _state() -> PartialState:
 
 def encode(config: EncodeConfig) -> Cost | None:
     """Writes the encoded folder `config.out`; what it cost, on the main process."""
+    from transformers.utils import logging
+
     check(config)
-    transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         encoding = Encoding(config, _state())
         with only_run_in(Path(config.out), "encode.out"):

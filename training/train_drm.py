@@ -24,7 +24,6 @@ from training.config import ConfigError, DRMConfig, read_config
 from training.data.shards import ShardError
 from training.engine import checkpoints
 from training.engine.launch import TrainingError, run_to_the_end
-from training.reward.reward_trainer import RewardTrainer
 
 ERRORS = (
     ConfigError,
@@ -41,9 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see training/configs")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
     args = parser.parse_args(arguments)
+
+    def run(config: DRMConfig) -> None:
+        from training.reward.reward_trainer import RewardTrainer
+
+        RewardTrainer(config).run()
+
     run_to_the_end(
         lambda: read_config(args.config, DRMConfig, args.settings),
-        lambda config: RewardTrainer(config).run(),
+        run,
         ERRORS,
         "lower train.micro_batch, set model.gradient_checkpointing to true or model.train to lora",
     )

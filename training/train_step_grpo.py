@@ -26,8 +26,7 @@ from training.data.prompt_cache import PromptError
 from training.engine import checkpoints
 from training.engine.launch import TrainingError, run_to_the_end
 from training.evaluation.baselines import BaselineError
-from training.grpo.step_grpo_config import read_step_grpo
-from training.grpo.step_grpo_trainer import StepGRPOTrainer
+from training.grpo.step_grpo_config import StepGRPOConfig, read_step_grpo
 
 ERRORS = (
     ConfigError,
@@ -47,9 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see training/configs")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="go over the file")
     args = parser.parse_args(arguments)
+
+    def run(config: StepGRPOConfig) -> None:
+        from training.grpo.step_grpo_trainer import StepGRPOTrainer
+
+        StepGRPOTrainer(config).run()
+
     run_to_the_end(
         lambda: read_step_grpo(args.config, args.settings),
-        lambda config: StepGRPOTrainer(config).run(),
+        run,
         ERRORS,
         "lower rollout.micro_prompts or evaluate.batch, or set model.gradient_checkpointing to true",
     )

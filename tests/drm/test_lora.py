@@ -108,10 +108,7 @@ def test_the_file_s_matrices_merged_by_hand_give_the_same_output():
     tensors = adapters.tensors()
     with torch.no_grad():
         for target in adapters.targets:
-            change = (
-                tensors[f"{target.name}.lora_B.weight"]
-                @ tensors[f"{target.name}.lora_A.weight"]
-            )
+            change = tensors[f"{target.name}.lora_B.weight"] @ tensors[f"{target.name}.lora_A.weight"]
             network.get_submodule(target.layer).weight[target.rows[0] : target.rows[1]] += change
     assert torch.allclose(network(x), expected, atol=1e-5)
 

@@ -17,12 +17,13 @@ from training.grpo.step_grpo_config import StepGRPOConfig
 
 Config = DRMConfig | StepGRPOConfig
 TRAINERS = {
-    DRMConfig: ("training.train_drm", "RewardTrainer"),
-    StepGRPOConfig: ("training.train_step_grpo", "StepGRPOTrainer"),
+    DRMConfig: ("training.reward.reward_trainer", "RewardTrainer"),
+    StepGRPOConfig: ("training.grpo.step_grpo_trainer", "StepGRPOTrainer"),
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 # What the trainers import late is most of a short run.
 LATE = ["peft", "diffusers.models.transformers.transformer_sd3", "torch.utils.tensorboard"]
+LATE += ["torch.distributed.checkpoint.state_dict"]
 CONTEXT.set_forkserver_preload([*(module for module, _ in TRAINERS.values()), "tests.tiny", *LATE])
 TIMEOUT = 240
 

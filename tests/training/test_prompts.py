@@ -1,8 +1,6 @@
 """Prompt files, and the folder of their embeddings."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from tests.training.fine_tuning import embed
+from tests.training.processes import CONTEXT
 from tests.training.sd3_folder import build_pipeline
 from training.data.encoders import SD3Encoders
 from training.data.prompt_cache import PromptError, find_set, open_or_make, read_prompts, write_prompts
@@ -70,13 +69,12 @@ def write_others(folder: Path):
 def test_a_reader_keeps_its_rows_while_another_process_writes(tmp_path: Path):
     asked = [f"prompt {i}" for i in range(5)]
     cache = write_prompts(tmp_path, asked, embed, MADE_WITH)
-    code = "import pathlib, sys; from tests.training.test_prompts import write_others"
-    code += "; write_others(pathlib.Path(sys.argv[1]))"
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root)
-    while process.poll() is None:
+    process = CONTEXT.Process(target=write_others, args=(tmp_path,))
+    process.start()
+    while process.is_alive():
         assert_embeds(cache, asked)
-    assert process.returncode == 0
+    process.join()
+    assert process.exitcode == 0
     assert_embeds(cache, [*asked, *(f"other {i}" for i in range(60))])
 
 

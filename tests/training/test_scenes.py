@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from training.demo import detector, fit, icons, scenes
+from training.data.shards import EncodedPairs
+from training.demo import detector, fit, icons, rated_drawings, scenes, text
+from training.demo.autoencoder import build_autoencoder
+from training.demo.generator import Generator
 from training.demo.scenes import Caption, Group, Placed, Seen, errors, parse
 
 
@@ -221,3 +225,63 @@ def test_the_rate_warms_up_and_falls_to_a_fiftieth():
 def test_a_plan_is_made_once(tmp_path):
     steps = fit.planned(tmp_path, 0.01, lambda number: None)
     assert fit.planned(tmp_path, 100.0, lambda number: pytest.fail("timed again")) == steps >= 1
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two parts of four captions, each drawn in two ways by a random generator, rated by chance, encoded."""
+    out = tmp_path_factory.mktemp("drawn")
+    names = text.tokenizer_of([thing.word for thing in scenes.things()], 16)
+    torch.manual_seed(0)
+    generator = Generator(names).eval()
+    statistics = {"mean": 0.0, "std": 1.0}
+    rng = np.random.default_rng(0)
+
+    def rate(rater, pictures, captions):
+        assert pictures.shape == (8, 128, 128, 3)
+        return [detector.Opinion((), float(rng.integers(0, 3)) / 2) for _ in captions]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rated_drawings, "CAPTIONS", 4)
+        patched.setattr(rated_drawings, "KEPT_BACK", 4)
+        patched.setattr(rated_drawings, "WAYS", ((2, 1.0, 0.0), (2, 2.0, 0.7)))
+        patched.setattr(rated_drawings, "opinions", rate)
+        family = generator, names, build_autoencoder().eval(), statistics, None
+        parts = rated_drawings.draw_all(out, 0.0, *family)
+        folder = rated_drawings.write_encoded(
+            out,
+            parts,
+            lambda scene: np.full((128, 128, 3), len(scene), np.uint8),
+            lambda pictures: torch.from_numpy(pictures[:, :1, :1, :1]).float().expand(-1, 16, 16, 16),
+            generator,
+            names,
+        )
+        captions = [caption for part in range(parts) for caption in rated_drawings.captions_of(part)]
+    return out, folder, captions
+
+
+def test_drawings_become_pairs_that_training_reads(drawn):
+    out, folder, captions = drawn
+    pairs = EncodedPairs(folder)
+    errors = torch.cat([load_file(out / "drawings" / f"{n:05d}.safetensors")["errors"] for n in range(2)])
+    differing = int((errors[:, 0] != errors[:, 1]).sum())
+    sources = pairs.columns["source"]
+    assert (sources.count("drawings"), sources.count("edited")) == (differing, 8 * rated_drawings.EDITS)
+    for row, source in enumerate(sources):
+        prompt, chosen, rejected = (int(pairs.columns[c][row]) for c in ("prompt", "chosen", "rejected"))
+        if source == "drawings":
+            assert chosen // 2 == rejected // 2 == prompt
+            assert errors[prompt, chosen % 2] < errors[prompt, rejected % 2]
+        else:
+            assert min(chosen, rejected) >= 16
+            # what stands for a picture here is the number of its things
+            count = float(pairs.latents([chosen])[0, 0, 0, 0])
+            assert count == captions[prompt].count
+    kept_back = {str(captions[0]), str(captions[4])}
+    held_out = [str(captions[int(p)]) in kept_back for p in pairs.columns["prompt"]]
+    assert pairs.columns["held_out"].tolist() == held_out
+
+
+def test_better_drawings_come_first_and_equal_ones_are_no_pair():
+    errors = torch.tensor([1.0, 0.0, 1.0, 0.5])
+    assert list(rated_drawings.ranked_pairs(errors)) == [(1, 0), (3, 0), (1, 2), (1, 3), (3, 2)]

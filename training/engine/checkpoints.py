@@ -14,24 +14,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from training.engine import zero
 
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-SCATTER = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+# torch.distributed.checkpoint is imported where it is used: it takes longer than all of torch, and a command
+# that refuses its settings does not need it.
 
 
 class CheckpointError(RuntimeError):
@@ -84,7 +80,9 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Average
         tensors |= _weights(model, "ema")
         averaged.swap()
     if isinstance(optimizer, torch.optim.Optimizer):
-        state = get_optimizer_state_dict(model, optimizer, options=GATHER)
+        from torch.distributed.checkpoint import state_dict as distributed
+
+        state = distributed.get_optimizer_state_dict(model, optimizer, options=_gathered(learned_only=True))
     else:
         state = zero.optimizer_state(model, optimizer)
     for name, entries in state.get("state", {}).items():
@@ -92,9 +90,22 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Average
     return {"tensors": tensors, "optimizer": {"param_groups": state.get("param_groups", [])}}
 
 
+def whole_weights(model: nn.Module, learned_only: bool = False) -> dict[str, Tensor]:
+    """The weights from all processes, which all take part, on the CPU of the first."""
+    from torch.distributed.checkpoint import state_dict as distributed
+
+    return distributed.get_model_state_dict(model, options=_gathered(learned_only))
+
+
+def _gathered(learned_only: bool) -> StateDictOptions:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=learned_only)
+
+
 def _weights(model: nn.Module, part: str) -> dict[str, Tensor]:
     # On a CPU the gathered tensors are the weights themselves, which go on changing.
-    return {f"{part}.{k}": v.clone() for k, v in get_model_state_dict(model, options=GATHER).items()}
+    return {f"{part}.{k}": v.clone() for k, v in whole_weights(model, learned_only=True).items()}
 
 
 def write(out: Path, step: int, gathered: dict, facts: dict, keep: int) -> None:
@@ -171,6 +182,9 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
     """Puts a checkpoint into model, optimizer and averages in place; returns its facts (step, ...)."""
+    from torch.distributed.checkpoint import state_dict as distributed
+
+    scatter = distributed.StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     facts = facts_of(folder)
     try:
         tensors = load_file(folder / "state.safetensors")
@@ -181,9 +195,9 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, av
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
     if averaged.values:
-        set_model_state_dict(model, parts["ema"], options=SCATTER)
+        distributed.set_model_state_dict(model, parts["ema"], options=scatter)
         averaged.swap()
-    set_model_state_dict(model, parts["model"], options=SCATTER)
+    distributed.set_model_state_dict(model, parts["model"], options=scatter)
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
         key, _, parameter = name.partition(".")
@@ -191,10 +205,10 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, av
     if not isinstance(optimizer, torch.optim.Optimizer):
         zero.restore(model, optimizer, state)
         return facts
-    set_optimizer_state_dict(
+    distributed.set_optimizer_state_dict(
         model,
         optimizer,
         {"state": state, "param_groups": facts["optimizer"]["param_groups"]},
-        options=SCATTER,
+        options=scatter,
     )
     return facts

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import Dataset
 
 from drm import save_drm
@@ -259,7 +258,7 @@ class RewardTrainer:
     def export(self, table: dict) -> None:
         """reward.safetensors: adapters merged, averaged weights, and where they come from in the header."""
         with self.progress.with_averages():
-            state = get_model_state_dict(self.progress.learned, options=checkpoints.WHOLE)
+            state = checkpoints.whole_weights(self.progress.learned)
         if not self.accelerator.is_main_process:
             return
         drm = trainable.build(self.config.model, seed=self.settings.seed)
