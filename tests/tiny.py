@@ -177,8 +177,12 @@ def _write_text_encoder(path: Path, width: int, seed: int) -> None:
     save_file(state_dict, path, metadata=metadata)
 
 
-def build_demo_family(folder: str | Path, seed: int = 0, hidden: int = 256, depth: int = 4) -> DemoFiles:
-    """Writes the three files below `folder`, in half precision, and says where; hidden must be 64 x depth."""
+def build_demo_family(
+    folder: str | Path, seed: int = 0, hidden: int = 128, depth: int = 2, text: int = 256
+) -> DemoFiles:
+    """Writes the three files below `folder`, in half precision, and says where; hidden must be 64 x depth.
+    text: width of its embeddings.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -189,13 +193,11 @@ def build_demo_family(folder: str | Path, seed: int = 0, hidden: int = 256, dept
     )
     for path in (files.checkpoint, files.text_encoder, files.drm):
         path.parent.mkdir(parents=True, exist_ok=True)
-    transformer = tiny_transformer(
-        hidden, depth, seed, joint_attention_dim=hidden, pooled_projection_dim=hidden
-    )
+    transformer = tiny_transformer(hidden, depth, seed, joint_attention_dim=text, pooled_projection_dim=text)
     network = to_comfy_layout(transformer.state_dict(), transformer.config)
     checkpoint = {PREFIX + key: value for key, value in network.items()} | _taesd_state_dict(seed + 1)
     save_file({key: value.half().contiguous() for key, value in checkpoint.items()}, files.checkpoint)
-    _write_text_encoder(files.text_encoder, hidden, seed + 2)
+    _write_text_encoder(files.text_encoder, text, seed + 2)
     backbone = backbone_from_transformer(transformer, max(depth - 1, 1))
     drm = DRM(backbone, randomise(ConvHead(hidden), seed + 3))
     facts = {"name": "drm_demo_emoji", "text_length": TEXT_LENGTH}

@@ -95,7 +95,7 @@ def bad_files(base_dir, family, pack):
     (folder / "drm" / "checkpoint.safetensors").write_bytes(family.checkpoint.read_bytes())
     (folder / "text_encoders" / "drm_file.safetensors").write_bytes(whole)
     (folder / "text_encoders" / "truncated.safetensors").write_bytes(family.text_encoder.read_bytes()[:-100])
-    small = build_demo_family(base_dir / "small", hidden=128, depth=2)
+    small = build_demo_family(base_dir / "small", text=128)
     (folder / "text_encoders" / "narrow.safetensors").write_bytes(small.text_encoder.read_bytes())
     (folder / "diffusion_models").mkdir(exist_ok=True)
     sd15_without_weights(folder / "diffusion_models" / "sd15.safetensors")

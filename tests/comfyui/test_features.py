@@ -11,7 +11,7 @@ from tests.tiny import build_demo_family
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return build_demo_family(tmp_path_factory.mktemp("family"), seed=3).checkpoint
+    return build_demo_family(tmp_path_factory.mktemp("family"), seed=3, hidden=256, depth=4).checkpoint
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (12, 20)])

@@ -14,14 +14,14 @@ NAME = "dina.safetensors"
 @pytest.fixture(scope="module")
 def dina(family, tmp_path_factory):
     """A release on the demo checkpoint, and its import among the server's reward models."""
-    transformer = tiny_transformer(256, 4, joint_attention_dim=256, pooled_projection_dim=256)
+    transformer = tiny_transformer(128, 2, joint_attention_dim=256, pooled_projection_dim=256)
     # The checkpoint is in half precision.
     release = write_release(
         tmp_path_factory.mktemp("dina") / "release",
         transformer.half().float(),
-        num_transformer_layers=3,
-        visual_head_idx=[1, 2, 3],
-        text_head_idx=[1, 2, 3],
+        num_transformer_layers=2,
+        visual_head_idx=[1, 2],
+        text_head_idx=[1],
     )
     out = family.drm.with_name(NAME)
     arguments = "--base", family.checkpoint, "--release", release.folder, "--out", out

@@ -75,7 +75,7 @@ def test_lora_is_stock_euler(inside, tmp_path):
     import comfy.sd
     import comfy.utils
 
-    lora = comfy.utils.load_torch_file(str(write_lora(tmp_path / "lora.safetensors", hidden=256)))
+    lora = comfy.utils.load_torch_file(str(write_lora(tmp_path / "lora.safetensors", hidden=128)))
     patched, _ = comfy.sd.load_lora_for_models(inside.model, None, lora, 1.0, 0.0)
     with_lora = assert_same_as_stock(inside, model=patched)
     assert (with_lora - inside.ksampler()).abs().max() > 1e-3

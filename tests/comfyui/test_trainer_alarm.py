@@ -61,6 +61,6 @@ def test_it_stops_and_keeps_the_best(inside, output, clean, opponent, caplog):  
 
 def test_without_a_second_opinion_it_goes_on(inside, output):  # noqa: F811
     """The same training, watched by the DRM it pleases, sees nothing wrong."""
-    report = train(inside, name="pleased", **SETTINGS | {"iterations": 16})[5]
+    report = train(inside, name="pleased", **SETTINGS | {"iterations": 16, "learning_rate": 0.01})[5]
     assert "16 iterations" in report
     assert "WARNING: stopped" not in report

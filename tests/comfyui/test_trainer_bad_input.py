@@ -160,7 +160,7 @@ def test_lora_of_others(inside, tmp_path):
     import folder_paths
 
     folder_paths.add_model_folder_path("loras", str(tmp_path))
-    write_lora(tmp_path / "theirs.safetensors", 256)
+    write_lora(tmp_path / "theirs.safetensors", 128)
     with pytest.raises(ValueError, match="was not made by Step-GRPO"):
         train(inside, lora_name="theirs.safetensors")
 

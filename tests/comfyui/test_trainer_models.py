@@ -114,7 +114,7 @@ def with_hooks(inside, path, **settings):
 
 
 def test_hooks_on_the_text_encoder_take_part(inside, tmp_path, output):  # noqa: F811
-    path = write_lora(tmp_path / "hook.safetensors", 256)
+    path = write_lora(tmp_path / "hook.safetensors", 128)
     clip = with_hooks(inside, path, schedule_clip=False, apply_to_conds=True)
     before = inside.ksampler(), inside.ksampler(positive=inside.encode("red heart", clip))
     assert (before[0] - before[1]).abs().max() > 1e-2
@@ -128,7 +128,7 @@ def test_a_file_is_not_gone_on_from_with_another_text_encoder(inside, family, tm
     """What the MODEL draws is compared: a text encoder has no weights of its own in the file's name."""
     train(inside)
     kept = [path.read_bytes() for path in (*files(output), *files(output, ".resume"))]
-    path = write_lora(tmp_path / "hook.safetensors", 256)
+    path = write_lora(tmp_path / "hook.safetensors", 128)
     clip = with_hooks(inside, path, schedule_clip=False, apply_to_conds=True)
     other = build_demo_family(tmp_path / "other", seed=9).text_encoder
     load_clip = inside.pack.module("nodes.demo_clip").load_demo_clip

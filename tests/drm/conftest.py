@@ -9,7 +9,7 @@ from tests.tiny import build_demo_family, tiny_drm, tiny_transformer
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """The demo family's files with random weights, in the shipped shape."""
-    return build_demo_family(tmp_path_factory.mktemp("family"))
+    return build_demo_family(tmp_path_factory.mktemp("family"), hidden=256, depth=4)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def embed(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_family(folder: Path) -> None:
     """Base with a VAE, reward model, prompt files and their embeddings."""
-    files = build_demo_family(folder, hidden=WIDTH, depth=2)
+    files = build_demo_family(folder, hidden=WIDTH, depth=2, text=WIDTH)
     files.checkpoint.rename(folder / "base.safetensors")
     files.drm.rename(folder / "reward.safetensors")
     (folder / "train.txt").write_text("# to learn from\n\n" + "\n".join(TRAIN) + "\n")

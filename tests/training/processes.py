@@ -118,7 +118,7 @@ def _command(module: str, arguments: list[str], errors: str, file_limit: int | N
 
 
 def begin(
-    arguments: list[str], errors: Path, file_limit: int | None = None, module: str = TRAINERS[DRMConfig][0]
+    arguments: list[str], errors: Path, file_limit: int | None = None, module: str = "training.train_drm"
 ) -> multiprocessing.Process:
     """`python -m module` with these arguments, running; errors: the file of what it prints."""
     process = CONTEXT.Process(target=_command, args=(module, arguments, str(errors), file_limit))
@@ -127,7 +127,7 @@ def begin(
 
 
 def command(
-    arguments: list[str], folder: Path, file_limit: int | None = None, module: str = TRAINERS[DRMConfig][0]
+    arguments: list[str], folder: Path, file_limit: int | None = None, module: str = "training.train_drm"
 ) -> tuple[int, list[str]]:
     """`python -m module` with these arguments: its exit status and the error lines it printed."""
     errors = folder / "stderr.txt"

@@ -55,7 +55,7 @@ def test_pictures_of_sd3_s_vae_are_the_pipeline_s(tmp_path: Path):
 
 
 def test_what_is_no_vae(tmp_path: Path):
-    text_encoder = build_demo_family(tmp_path, hidden=64, depth=1).text_encoder
+    text_encoder = build_demo_family(tmp_path, hidden=64, depth=1, text=64).text_encoder
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     for path, words in ((text_encoder, "no VAE folder"), (tmp_path, "UNet2DModel"), (tmp_path / "x", "x is")):
         with pytest.raises(DecoderError, match=words):

@@ -14,7 +14,7 @@ from training.grpo.step_grpo_config import PolicyConfig
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_demo_family(tmp_path_factory.mktemp("policy"), hidden=128, depth=2).checkpoint
+    return build_demo_family(tmp_path_factory.mktemp("policy"), hidden=128, depth=2, text=128).checkpoint
 
 
 @pytest.fixture
