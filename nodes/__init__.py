@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders, trace_metadata
 from .demo_clip import DRMDemoCLIPLoader
+from .head_trainer import DRMHeadTrainer
 from .loader import DRMLoader
 from .plot import DRMTracePlot
 from .sampler import StepwiseKSampler, StepwiseSampler
@@ -28,4 +29,5 @@ class DRMExtension(ComfyExtension):
             DRMTracePlot,
             DRMDemoCLIPLoader,
             StepGRPOLoRATrainer,
+            DRMHeadTrainer,
         ]

@@ -27,7 +27,7 @@ from . import adapters
 from .inside_sampling import InsideSampling
 
 if TYPE_CHECKING:
-    from ..drm.shared import SharedScorer, Taps, TrunkFacts
+    from ..drm.shared import SharedDRM, SharedScorer, Taps, TrunkFacts
 
 Output = Tensor | tuple[Tensor | None, ...]
 # (outputs of the blocks read, the number of one, image tokens L, the network) -> (n, L, width)
@@ -377,10 +377,10 @@ def score_with_model(
         own = x.to(guider.model_patcher.load_device)
         return work(shared_scorer(drm, guider.inner_model, extra_args["model_options"], prompts, own), own)
 
-    return _while_sampling(model, positive, x, inside)
+    return while_sampling(model, positive, x, inside)
 
 
-def _while_sampling(
+def while_sampling(
     model: comfy.model_patcher.ModelPatcher,
     positive: list,
     like: Tensor,
