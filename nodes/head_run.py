@@ -51,8 +51,8 @@ class HeadRun:
         try:
             while not self.trainer.done:
                 until = min(self.trainer.next_look, self.trainer.progress.step + TOGETHER)
-                self._inside(until, lambda read, until=until: self._learn(read, until))
-            found = self._inside(self.trainer.progress.step, self.trainer.facts)
+                self.inside(until, lambda read, until=until: self._learn(read, until))
+            found = self.inside(self.trainer.progress.step, self.trainer.facts)
         except BaseException as error:
             self._stopped(error)
             raise
@@ -60,7 +60,7 @@ class HeadRun:
         self._state_path.unlink(missing_ok=True)
         return found
 
-    def _inside(self, until: int, work: Callable[[Reader], dict | None]) -> dict | None:
+    def inside(self, until: int, work: Callable[[Reader], dict | None]) -> dict | None:
         """work(read) while ComfyUI has the MODEL in place, with the prompts of steps up to `until`."""
         needed = self.trainer.prompts(until)
         self.prompts.need(needed)
@@ -69,12 +69,12 @@ class HeadRun:
         if self.model.get_model_object("latent_format").latent_dimensions == 3:
             like = like.unsqueeze(2)
 
-        def inside(guider: comfy.samplers.CFGGuider, extra_args: dict) -> dict | None:
+        def work_inside(guider: comfy.samplers.CFGGuider, extra_args: dict) -> dict | None:
             taps = self.trainer.drm.trunk.taps
             return work(Reader(guider, extra_args["model_options"], self.prompts, taps))
 
         positive = self.prompts.known[needed[0]].conditioning
-        return trunk.while_sampling(self.model, positive, like, inside)
+        return trunk.while_sampling(self.model, positive, like, work_inside)
 
     def _learn(self, read: Reader, until: int) -> None:
         trainer = self.trainer
