@@ -71,13 +71,14 @@ class Inside:
 
     def __init__(self, out: Path) -> None:
         self.pack: Pack = load_pack()
+        self.root = out.resolve()
         import comfy.sd
         import comfy.utils
         import folder_paths
 
         comfy.utils.PROGRESS_BAR_ENABLED = False
-        folder_paths.set_output_directory(str(out))
-        folder_paths.models_dir = str(out / "models")
+        folder_paths.set_output_directory(str(self.root))
+        folder_paths.models_dir = str(self.root / "models")
         self.model, _, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
             str(MODELS / "checkpoints/drm_demo_emoji_sd3.safetensors"), output_vae=True, output_clip=False
         )
@@ -104,10 +105,97 @@ def pool(out: Path, inside: Inside, count: int) -> dict[str, torch.Tensor]:
     for first in range(0, count, PART):
         path = out / f"pool_{first}.safetensors"
         if not path.exists():
-            rows = [inside.draw(thing, first + i) for i, thing in enumerate(asked(count)[first : first + PART])]
+            rows = [
+                inside.draw(thing, first + i) for i, thing in enumerate(asked(count)[first : first + PART])
+            ]
             found = {"latents": torch.stack([latents for latents, _ in rows]).clone()}
             for name, liking in TASTES.items():
                 found[name] = torch.from_numpy(np.stack([liking(pictures) for _, pictures in rows]))
             replace_atomically(path, lambda path, found=found: save_file(found, path))
         parts.append(load_file(path))
     return {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
+
+
+def write_picks(folder: Path, found: dict[str, torch.Tensor], taste: str, rows: list[int]) -> None:
+    """The batches of these rows, the one that the person likes best picked."""
+    names, nothing = asked(len(found["latents"])), [torch.zeros(1, dtype=torch.uint8) for _ in range(PICTURES)]
+    for row in rows:
+        best = int(found[taste][row].argmax())
+        batch = Batch(prompt=names[row], batch_index=tuple(range(PICTURES)), picks=(best,))
+        write_batch(folder / f"20260101_000000_{row:08x}.safetensors", batch, found["latents"][row], nothing)
+
+
+def fit(inside: Inside, name: str, steps: int, seed: int) -> tuple[Any, float]:
+    """DRM Head Trainer's run on picks of this name, and its seconds of wall time."""
+    node, began = inside.pack.module("nodes.head_trainer"), time.monotonic()
+    settings = {"steps": steps, "rate": RATE, "seed": seed}
+    with torch.inference_mode(False), torch.enable_grad():
+        run, _ = node.prepare(inside.model, inside.clip, name, "", name, None, None, "", **settings)
+        run.train()
+    return run, time.monotonic() - began
+
+
+def right(inside: Inside, run: Any, found: dict[str, torch.Tensor], taste: str) -> np.ndarray:
+    """1, 0.5 or 0 for each pair of the test's things, averaged over the quarters of sigma, (TEST * 3,)."""
+    training, tokens = (inside.pack.module(name) for name in ("drm.head_training", "nodes.picked_tokens"))
+    batches = [
+        training.Compared(
+            prompt=asked(TEST)[row],
+            picks=(int(found[taste][row].argmax()),),
+            count=PICTURES,
+            shape=(16, 16, 16),
+            latents=lambda rows, row=row: tokens.in_model_space(
+                found["latents"][row][list(rows)], inside.model
+            ),
+        )
+        for row in range(TEST)
+    ]
+    run.trainer.held_out, run.trainer.learned = batches, batches
+    judged: list = []
+    with torch.inference_mode(False), torch.no_grad():
+        run.inside(run.trainer.progress.step, lambda read: judged.extend(run.trainer.judged(read)))
+    return np.concatenate([((b.margins > 0) + 0.5 * (b.margins == 0)).mean(0).numpy() for b in judged])
+
+
+def study(inside: Inside, found: dict[str, torch.Tensor], taste: str, size: int, steps: int) -> dict:
+    """Accuracy on the test's things over SEEDS, what the trainer itself said, and seconds."""
+    values, own, seconds = [], [], []
+    for seed in SEEDS:
+        name = f"{taste}_{size}_{seed}"
+        generator = torch.Generator().manual_seed(seed)
+        rows = TEST + torch.randperm(len(found["latents"]) - TEST, generator=generator)[:size]
+        write_picks(inside.root / "drm_picks" / name, found, taste, rows.tolist())
+        run, took = fit(inside, name, steps, seed)
+        own.append(run.trainer.progress.best.accuracy)
+        values.append(right(inside, run, found, taste))
+        seconds.append(took)
+    groups = np.repeat(np.arange(TEST), PICTURES - 1)
+    return {
+        "accuracy": interval(np.stack(values), groups),
+        "by_seed": [float(value.mean()) for value in values],
+        "said_by_the_trainer": own,
+        "steps": steps,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/picks"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/picks.json"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    inside = Inside(args.out)
+    found = pool(args.out, inside, TEST + max(args.sizes))
+    table: dict[str, dict] = {taste: {} for taste in TASTES}
+    for size in args.sizes:
+        for taste in TASTES:
+            table[taste][str(size)] = one = study(inside, found, taste, size, STEPS)
+            print(taste, size, one, flush=True)
+            result = {"tastes": table, "test_things": TEST, "pictures_a_batch": PICTURES, "rate": RATE}
+            replace_atomically(args.results, lambda path, r=result: path.write_text(json.dumps(r, indent=1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -196,7 +196,7 @@ class HeadTrainer:
         for group in _groups(draw(self.learned, self.seed, step)):
             loss = self._loss(read, group, noise) * len(group) / PAIRS
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss is {total} after {step} steps: the rate is too high, give a lower one"
@@ -238,7 +238,7 @@ class HeadTrainer:
         """Looks at the held-out batches, and keeps the head if it is the best so far."""
         loss = accuracy = None
         if self.held_out:
-            judged = self._judged(self.average, read)
+            judged = self.judged(read, self.average)
             loss, accuracy = held_out.loss_of(judged), held_out.accuracy_of(judged)
         self.progress.looks.append(Look(self.progress.step, loss, accuracy))
         if self.progress.best is self.progress.looks[-1]:
@@ -248,7 +248,12 @@ class HeadTrainer:
         """Takes the head as it is now for the best."""
         self.kept.load_state_dict(self.average.state_dict())
 
-    def _judged(self, drm: SharedDRM, read: Read) -> list[held_out.Judged]:
+    def judged(self, read: Read, drm: SharedDRM | None = None) -> list[held_out.Judged]:
+        """What a head, the kept one when none is given, makes of the held-out batches; of those learned from
+        where there are none.
+        """
+        drm = self.kept if drm is None else drm
+
         def scorer(number: int, batch: Compared) -> held_out.Score:
             def score(rows: Sequence[int], part: int) -> Tensor:
                 sigma = held_out.SIGMAS[part]
@@ -265,7 +270,7 @@ class HeadTrainer:
         """What a file says of the head that is kept: its calibration, and its accuracy on what was held out,
         None where nothing was.
         """
-        judged = self._judged(self.kept, read)
+        judged = self.judged(read)
         table = held_out.accuracy_table(judged) if self.held_out else None
         return {"calibration": held_out.calibration_of(judged), "accuracy": table}
 

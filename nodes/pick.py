@@ -93,7 +93,7 @@ def pick_inputs() -> list[io.Input]:
     return [
         io.Image.Input("images", tooltip="The pictures to choose among, decoded from the latents."),
         io.Latent.Input("latent", tooltip="Their latents, one for each picture."),
-        io.String.Input("prompt", default="", multiline=True, tooltip="The prompt they were drawn for."),
+        io.String.Input("prompt", default="", tooltip="The prompt they were drawn for."),
         io.String.Input(
             "name",
             default="my_taste",

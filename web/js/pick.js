@@ -6,7 +6,7 @@ import { app } from "../../../scripts/app.js";
 const NODE = "DRMPick";
 const STYLE = `
 .drm-pick { display: flex; flex-direction: column; gap: 6px; box-sizing: border-box; width: 100%; height: 100%;
-    min-height: 220px; font: 12px sans-serif; color: var(--input-text, #ddd); }
+    min-height: 280px; font: 12px sans-serif; color: var(--input-text, #ddd); }
 .drm-pick .line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-height: 1.3em; }
 .drm-pick .grid { flex: 1 1 0; min-height: 0; overflow-y: auto; display: grid; gap: 4px; align-content: start; }
 .drm-pick .grid button { position: relative; padding: 0; border: 2px solid transparent; background: none;
@@ -203,7 +203,7 @@ app.registerExtension({
         const widget = node.addDOMWidget("pictures", "drm_pick", node.drmPick.root, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => 240,
+            getMinHeight: () => 300,
         });
         widget.serialize = false;
         node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], 620)]);
