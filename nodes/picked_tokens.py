@@ -35,6 +35,12 @@ def read_folder(folder: Path, own: dict) -> tuple[list["Record"], list[str]]:
 
     records, notes = read_records(folder)
     notes = [f"skipped: {sentence}" for sentence in notes]
+    for record in records:
+        if len(record.shape) == 5 and record.shape[2] > 1:
+            raise ValueError(
+                f"{record.path.name} holds videos of {record.shape[2]} frames: a head is learned from pictures,"
+                " give another name of picks"
+            )
     notes += check_one_model(records, own)
     telling = [record for record in records if pairs_of(record.batch.picks, record.shape[0])]
     if not telling:
