@@ -1,17 +1,17 @@
-"""How well DRM Head Trainer learns a taste from 10, 100 and 1,000 picks on the demo model, and how long it takes.
+"""How well DRM Head Trainer learns a taste from picks on the demo model, and how long it takes.
 
     python -m benchmarks.picks --out runs/picks               # benchmarks/results/picks.json
 
-The demo model draws batches of four pictures for a thing ("heart", 8 steps, CFG 1, 128 x 128), and a synthetic
-person picks the best of each:
+The demo model draws batches of four pictures of a thing ("heart", 8 steps, CFG 1, 128 x 128), and a
+synthetic person picks the best of each:
 
     red      likes the picture whose coloured pixels are reddest: mean of R - (G + B) / 2
     busy     likes the picture with more edges: mean absolute difference of neighbouring pixels
 
-The node's own code learns from the picks, with its defaults. Accuracy is on the three pairs that a pick implies
-for each of 80 things of which no picture was ever picked from, at one sigma in each quarter, averaged; three
-seeds, each with picks and weights of its own. Intervals: 95 %, bootstrap over things and seeds. Times are those
-of this machine, one thread, the model's loading left out.
+The node's own code learns from 10, 100 and 1,000 picks, with its defaults. Accuracy is on the three pairs
+that a pick implies for each of 80 things of which no picture was ever picked from, at one sigma in each
+quarter, averaged; two seeds, each with picks and weights of its own. Intervals: 95 %, bootstrap over things
+and seeds. Times are processor time and wall time of one thread, without the loading of the model.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Inside:
 
 
 def pool(out: Path, inside: Inside, count: int) -> dict[str, torch.Tensor]:
-    """latents (count, PICTURES, 16, 16, 16) and the liking of each picture by every taste (count, PICTURES)."""
+    """latents (count, PICTURES, 16, 16, 16), and how each taste likes every picture (count, PICTURES)."""
     parts = []
     for first in range(0, count, PART):
         path = out / f"pool_{first}.safetensors"
@@ -118,7 +118,8 @@ def pool(out: Path, inside: Inside, count: int) -> dict[str, torch.Tensor]:
 
 def write_picks(folder: Path, found: dict[str, torch.Tensor], taste: str, rows: list[int]) -> None:
     """The batches of these rows, the one that the person likes best picked."""
-    names, nothing = asked(len(found["latents"])), [torch.zeros(1, dtype=torch.uint8) for _ in range(PICTURES)]
+    names = asked(len(found["latents"]))
+    nothing = [torch.zeros(1, dtype=torch.uint8) for _ in range(PICTURES)]
     for row in rows:
         best = int(found[taste][row].argmax())
         batch = Batch(prompt=names[row], batch_index=tuple(range(PICTURES)), picks=(best,))

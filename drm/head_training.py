@@ -154,8 +154,8 @@ class HeadTrainer:
     ) -> None:
         if not learned or not all(batch.pairs for batch in (*learned, *held_out)):
             raise ValueError(
-                f"of {len(learned) + len(held_out)} batches some or all say of no picture that it is better than"
-                " another: give batches of two pictures or more with a pick each"
+                f"{len(learned) + len(held_out)} batches are given, and some or all say of no picture that"
+                " it is better than another: give batches of two pictures or more with a pick each"
             )
         self.learned, self.held_out = list(learned), list(held_out)
         self.steps, self.seed, self.device = steps, seed, torch.device(device)
@@ -222,8 +222,8 @@ class HeadTrainer:
         taps = read(add_noise(x0, torch.randn(x0.shape, generator=noise), sigma), sigma, prompts)
         if not all(bool(tokens.isfinite().all()) for tokens in taps.tokens):
             raise ValueError(
-                f"the MODEL's tokens at sigma {sigma:.3g} hold NaN or infinity: load it in bfloat16 or float32,"
-                " or read earlier blocks"
+                f"the MODEL's tokens at sigma {sigma:.3g} hold NaN or infinity: load it in bfloat16 or"
+                " float32, or read earlier blocks"
             )
         return taps
 

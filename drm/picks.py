@@ -182,8 +182,8 @@ def read_records(folder: Path) -> tuple[list[Record], list[str]]:
         later = len(backlog(folder))
         raise PicksError(
             f"the folder of picks {folder} {state}"
-            f"{f' but {later} batches to pick from later' * (later > 0)}: pick in a DRM Pick node of that name,"
-            " or give the name of another"
+            f"{f' but {later} batches to pick from later' * (later > 0)}: pick in a DRM Pick node of that"
+            " name, or give the name of another"
         )
     found, broken = [], []
     for path in paths:

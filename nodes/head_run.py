@@ -140,7 +140,7 @@ class HeadRun:
         save_drm(self.trainer.kept, self.path, {**self.facts, **steps, **found})
 
     def _stopped(self, error: BaseException) -> None:
-        """Keeps what was learned and says where, in the log, on the node and, but for Cancel, in the error."""
+        """Keeps what was learned and says where, in the log, on the node and in the error."""
         progress = self.trainer.progress
         if progress.step == 0:
             return
@@ -206,8 +206,8 @@ def accuracy_lines(table: dict | None) -> list[str]:
     low, high = table["interval"]
     by_sigma = ", ".join(f"{share:.0%}" for share in table["by_sigma"])
     lines = [
-        f"right on {table['accuracy']:.0%} of {table['pairs']} held-out pairs of {table['prompts']} prompts it"
-        f" did not see (95 %: {low:.0%} to {high:.0%}); chance is 50 %",
+        f"right on {table['accuracy']:.0%} of {table['pairs']} held-out pairs of {table['prompts']} prompts"
+        f" it did not see (95 %: {low:.0%} to {high:.0%}); chance is 50 %",
         f"by sigma, from 0 to 1 in quarters: {by_sigma}; it expects to be right on {table['said']:.0%}",
         "the step was chosen on these pairs too, which flatters it a little",
     ]

@@ -34,8 +34,8 @@ class DRMHeadTrainer(io.ComfyNode):
             node_id="DRMHeadTrainer",
             display_name="DRM Head Trainer",
             category="DRM",
-            description="Teaches a reward model your taste: a head of a few megabytes that reads the tokens of the"
-            " model you already have, learned from the picks of DRM Pick. Cancel keeps the best so far.",
+            description="Teaches a reward model your taste: a head of a few megabytes that reads the tokens"
+            " of the model you already have, learned from the picks of DRM Pick. Cancel keeps the best so far.",
             inputs=trainer_inputs(),
             outputs=[
                 DRMModel.Output("drm", display_name="DRM", tooltip="The head, for this MODEL."),
@@ -100,8 +100,8 @@ def trainer_inputs() -> list[io.Input]:
         io.String.Input(
             "blocks",
             default="",
-            tooltip="Blocks whose tokens are read, such as 4, 8, 12; 1 is the first. Empty: three, up to half of the"
-            " model. Later ones cost more at every score.",
+            tooltip="Blocks whose tokens are read, such as 4, 8, 12; 1 is the first. Empty: three, up to half"
+            " of the model. Later ones cost more at every score.",
         ),
         io.Int.Input("steps", default=300, min=1, max=100000, tooltip="Steps of 16 pairs each."),
         io.Float.Input(

@@ -35,13 +35,15 @@ class DRMPick(io.ComfyNode):
             node_id="DRMPick",
             display_name="DRM Pick",
             category="DRM",
-            description="Shows a batch and waits until you have clicked the pictures you prefer, the best first."
+            description="Shows a batch and waits until you have clicked the pictures you prefer, best first."
             " What you picked goes on, and is kept for DRM Head Trainer to learn your taste from.",
             inputs=pick_inputs(),
             outputs=[
                 io.Image.Output("chosen", display_name="IMAGE", tooltip="What was picked, the best first."),
                 io.Latent.Output(
-                    "chosen_latents", display_name="LATENT", tooltip="Their latents, with the batch_index of each."
+                    "chosen_latents",
+                    display_name="LATENT",
+                    tooltip="Their latents, each with its batch_index.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -97,15 +99,15 @@ def pick_inputs() -> list[io.Input]:
         io.String.Input(
             "name",
             default="my_taste",
-            tooltip="Picks are kept in drm_picks/NAME of the output folder. One name for a taste and a model.",
+            tooltip="Picks are kept in drm_picks/NAME of the output folder: one for a taste and a model.",
         ),
         io.Combo.Input(
             "without_a_page",
             options=[FIRST, BEST, STOP],
             default=FIRST,
             display_name="without a page",
-            tooltip="When no page shows the pictures (a run from the API, a closed page), the batch goes to the"
-            " backlog, and this one goes on. take the DRM's best needs DRM and positive.",
+            tooltip="When no page shows the pictures (a run from the API, a closed page), the batch goes to"
+            " the backlog, and this one goes on. take the DRM's best needs DRM and positive.",
         ),
         io.Model.Input(
             "model",
@@ -149,8 +151,8 @@ def rows_of(waiting: Waiting, without_a_page: str, name: str, best: Callable[[],
         return None
     if without_a_page == STOP:
         raise ValueError(
-            f"no page showed the pictures: they wait in the backlog of '{name}', pick there and queue again from"
-            f" a page, or set without_a_page to '{FIRST}'"
+            f"no page showed the pictures: they wait in the backlog of '{name}', pick there and queue again"
+            f" from a page, or set without_a_page to '{FIRST}'"
         )
     return [0 if without_a_page == FIRST else best()]
 

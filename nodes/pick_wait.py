@@ -49,7 +49,7 @@ WAITING: dict[str, Waiting] = {}
 
 
 def wait_for_picks(shown: Shown) -> Waiting:
-    """Returns when somebody picked or put it off, or nobody is there: then there are no picks. Cancel raises."""
+    """Returns when somebody picked or put it off, or nobody is there: no picks then. Cancel raises."""
     waiting = WAITING[shown.record] = Waiting(shown)
     server = PromptServer.instance
     try:

@@ -1,4 +1,4 @@
-"""What a head is learned from: picks as batches in model space, prompts as CONDITIONINGs, tokens of the MODEL.
+"""What a head is learned from: picks in model space, prompts as CONDITIONINGs, tokens of the MODEL.
 
 read(x (n, C, H, W), sigma, prompts) -> drm.shared.Taps        what drm.head_training calls
 """
@@ -27,7 +27,7 @@ AT_ONCE = 16
 
 
 def read_folder(folder: Path, own: dict) -> tuple[list["Record"], list[str]]:
-    """The batches of a folder that say which picture is better than which, and what is to be said of the rest.
+    """The batches of a folder that say which picture is better than which, and notes on the rest.
 
     own: a TrunkFacts' dict of the MODEL. ValueError when nothing is left, or for batches of another model.
     """
@@ -38,8 +38,8 @@ def read_folder(folder: Path, own: dict) -> tuple[list["Record"], list[str]]:
     for record in records:
         if len(record.shape) == 5 and record.shape[2] > 1:
             raise ValueError(
-                f"{record.path.name} holds videos of {record.shape[2]} frames: a head is learned from pictures,"
-                " give another name of picks"
+                f"{record.path.name} holds videos of {record.shape[2]} frames: a head is learned from"
+                " pictures, give another name of picks"
             )
     notes += check_one_model(records, own)
     telling = [record for record in records if pairs_of(record.batch.picks, record.shape[0])]

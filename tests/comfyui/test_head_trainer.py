@@ -1,4 +1,4 @@
-"""DRM Head Trainer in ComfyUI: a file that the other nodes take, stops that lose nothing, sentences for the rest."""
+"""DRM Head Trainer in ComfyUI: files for other nodes, stops that lose nothing, sentences for the rest."""
 
 import os
 
@@ -82,8 +82,9 @@ def test_picks_become_a_drm_for_the_other_nodes(inside, folders):
     drawn = inside.stepwise(inside.latent(2), drm=drm)
     assert bool(drawn.isfinite().all())
     score = inside.pack.module("nodes.score").DRMScoreLatent.execute
+    settings = {"sigma": 0.0, "latent_is": "finished picture", "noise_draws": 1, "seed": 0}
     with torch.inference_mode():
-        scores = score(drm, {"samples": latents(1)}, inside.positive, 0.0, "finished picture", 1, 0, inside.model)
+        scores = score(drm, {"samples": latents(1)}, inside.positive, **settings, model=inside.model)
     assert len(set(scores.result[0])) == 3
 
 

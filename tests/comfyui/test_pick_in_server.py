@@ -85,9 +85,7 @@ def test_what_is_clicked_goes_on_and_is_kept(server, base_dir, picks):
         picture = f"/drm/picks/picture?name={picks.name}&record={batch['record']}&row=2"
         assert server.request(picture, None, "", 20)[:2] == b"\xff\xd8"
         for wrong in ([], [3], [0, 0], "all", None):
-            assert "from 0 to 2" in refused(
-                server, "/drm/picks/answer", {**batch, "picks": wrong}
-            )
+            assert "from 0 to 2" in refused(server, "/drm/picks/answer", {**batch, "picks": wrong})
         assert page.answer(batch, picks=[2, 0]) == {"count": 0, "batch": None}
         result = succeeded(server.wait(prompt))
     assert len(result.images("11")) == 2

@@ -1,4 +1,4 @@
-"""A head learned from picks on a trunk that is a plain function: what it learns, how it is judged, going on."""
+"""A head learned from picks on a trunk that is a plain function: what it learns, how it is judged."""
 
 import json
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_learned_from_is_refused(batches):
         taps = read(x, sigma, prompts)
         return Taps([taps.tokens[0], taps.tokens[1] * float("nan")], taps.rows, taps.columns)
 
-    with pytest.raises(ValueError, match="tokens at sigma .* hold NaN or infinity: load it in bfloat16"):
+    with pytest.raises(ValueError, match=r"tokens at sigma .* hold NaN or infinity: load it in bfloat16"):
         one.advance(nan)
 
 

@@ -76,7 +76,7 @@ def test_a_batch_waits_in_the_backlog_until_it_is_picked_from(tmp_path):
 
 def test_undo_takes_back_what_was_picked_last(tmp_path):
     names = [keep_for_later(tmp_path, batch(), latents(), pictures()) for _ in range(2)]
-    for age, name in enumerate(reversed(sorted(names))):
+    for age, name in enumerate(sorted(names, reverse=True)):
         settle(tmp_path, name, (1,))
         os.utime(tmp_path / f"{name}.safetensors", (age, age))
     last = min(names)
@@ -104,7 +104,9 @@ def test_latents_of_one_frame_keep_it(tmp_path):
     assert read_waiting(tmp_path, name).shape == (3, 16, 1, 4, 4)
 
 
-@pytest.mark.parametrize("name", ["", "..", "../a", "a/b", "/etc", "a\\b", ".a", "a ", "a" * 65, "a\n", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", "..", "../a", "a/b", "/etc", "a\\b", ".a", "a ", "a" * 65, "a\n", None, 3]
+)
 def test_a_name_is_no_path(tmp_path, name):
     with pytest.raises(ValueError, match="letters, digits"):
         folder_of(tmp_path, name)
@@ -142,11 +144,8 @@ def test_a_damaged_file_in_the_middle_is_named_and_the_rest_read(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     paths[2].write_bytes(b"")
     save_file({"x": torch.zeros(1)}, paths[3])
-    save_file(
-        {"latents": latents()},
-        paths[4],
-        {"kind": "drm-picks", "version": "1", "header": json.dumps({"prompt": "a", "picks": [9], "batch_index": []})},
-    )
+    header = json.dumps({"prompt": "a", "picks": [9], "batch_index": []})
+    save_file({"latents": latents()}, paths[4], {"kind": "drm-picks", "version": "1", "header": header})
     found, broken = read_records(tmp_path)
     assert [one.path for one in found] == [paths[0], paths[5]]
     wanted = ["damaged or cut short", "damaged or cut short", "is no file of picks", "from 0 to 2"]

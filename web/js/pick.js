@@ -8,7 +8,7 @@ const STYLE = `
 .drm-pick { display: flex; flex-direction: column; gap: 6px; box-sizing: border-box; width: 100%; height: 100%;
     min-height: 280px; font: 12px sans-serif; color: var(--input-text, #ddd); }
 .drm-pick .line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-height: 1.3em; }
-.drm-pick .grid { flex: 1 1 0; min-height: 0; overflow-y: auto; display: grid; gap: 4px; align-content: start; }
+.drm-pick .grid { flex: 1 1 auto; min-height: 0; overflow-y: auto; display: grid; gap: 4px; align-content: start; }
 .drm-pick .grid button { position: relative; padding: 0; border: 2px solid transparent; background: none;
     cursor: pointer; }
 .drm-pick .grid button.picked { border-color: #4caf50; }
@@ -50,8 +50,8 @@ class Panel {
         this.picks = [];
         this.root = element("div", "drm-pick");
         this.line = element("div", "line", this.root);
-        this.grid = element("div", "grid", this.root);
         const bar = element("div", "bar", this.root);
+        this.grid = element("div", "grid", this.root);
         const button = (text, work) => {
             const made = element("button", "", bar, text);
             made.type = "button";
