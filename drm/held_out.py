@@ -1,9 +1,9 @@
 """How good a head learned from picks is on batches whose prompts it never learned from.
 
 A picture is scored at four sigmas, the middles of the quarters of [0, 1], with noise of its own. Every pair
-that picks imply is right or wrong at each; the pairs of a batch count together as one, and so do the
-batches of a prompt. The 95 % interval is Wilson's (1927) for as many independent answers as the prompts' spread speaks for: at
-least the number of prompts, at most that of pairs.
+that picks imply is right or wrong at each. The pairs of a batch count together as one, and so do the batches
+of a prompt. The 95 % interval is Wilson's (1927) for as many independent answers as the spread over prompts
+speaks for: at least the number of prompts, at most that of pairs.
 """
 
 import math

@@ -35,7 +35,7 @@ class DRMHeadTrainer(io.ComfyNode):
             display_name="DRM Head Trainer",
             category="DRM",
             description="Teaches a reward model your taste: a head of a few megabytes that reads the tokens"
-            " of the model you already have, learned from the picks of DRM Pick. Cancel keeps the best so far.",
+            " of the model you already have, learned from the picks of DRM Pick. Cancel keeps the best yet.",
             inputs=trainer_inputs(),
             outputs=[
                 DRMModel.Output("drm", display_name="DRM", tooltip="The head, for this MODEL."),

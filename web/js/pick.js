@@ -165,7 +165,11 @@ function panelOf(id) {
 }
 
 async function show(batch) {
-    await ask("seen", { record: batch.record, client: api.clientId });
+    const { seen } = await ask("seen", { record: batch.record, client: api.clientId });
+    if (!seen) {
+        // A page that was just opened is not connected yet; a run that ended is no longer among the waiting.
+        setTimeout(showWaiting, 500);
+    }
     const panel = panelOf(batch.node);
     if (panel && panel.batch?.record !== batch.record) {
         panel.show(batch);
