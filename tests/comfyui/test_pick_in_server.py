@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from drm.picks import backlog, read_records
 from tests.comfyui.graphs import node, score_graph
+from tools.comfy_results import PromptRejectedError
 
 
 def pick_graph(name, seed=5, **changes):
@@ -223,3 +224,29 @@ def test_the_record_is_opened_by_any_reader_of_safetensors(server, picks):
         header = json.loads(file.metadata()["header"])
         assert sorted(file.keys()) == ["latents", "picture.0", "picture.1", "picture.2"]
     assert (header["prompt"], header["picks"], header["seed"]) == ("red heart", [], 5)
+
+
+def test_what_was_picked_is_trained_on(server, base_dir, picks):
+    for seed in (1, 2):
+        succeeded(server.run(pick_graph(picks.name, seed=seed)))
+    while (left := server.get(f"/drm/picks/backlog?name={picks.name}&after="))["batch"]:
+        assert left["batch"]["count"] == 3
+        server.post("/drm/picks/answer", {**left["batch"], "picks": [1]})
+    settings = {"blocks": "2", "steps": 2, "rate": 0.001, "seed": 0, "name": picks.name}
+    trainer = node("DRMHeadTrainer", model=["1", 0], clip=["2", 0], picks=picks.name, **settings)
+    graph = pick_graph(picks.name)
+    graph = {key: graph[key] for key in "124567"} | {"20": trainer}
+    graph["21"] = score_graph()["8"]
+    graph["21"]["inputs"] |= {"drm": ["20", 0], "model": ["1", 0]}
+    result = succeeded(server.run(graph))
+    (report,) = result.outputs["20"]["text"]
+    assert "4 pairs in 2 batches of 1 prompts" in report
+    assert len(result.outputs["21"]["text"][0].splitlines()) == 3
+    path = base_dir / "models" / "drm" / f"{picks.name}.safetensors"
+    assert path.is_file()
+    names = server.object_info("DRMLoader")["input"]["required"]["drm_name"][1]["options"]
+    assert path.name in names
+    path.unlink()
+    del trainer["inputs"]["model"]
+    with pytest.raises(PromptRejectedError, match=r"DRMHeadTrainer \(node 20\): .*model"):
+        server.run({"2": graph["2"], "20": trainer})
