@@ -106,7 +106,7 @@ def trainer_inputs() -> list[io.Input]:
         io.Int.Input("steps", default=300, min=1, max=100000, tooltip="Steps of 16 pairs each."),
         io.Float.Input(
             "rate",
-            default=0.001,
+            default=0.0003,
             min=0.000001,
             max=1.0,
             step=0.0001,
@@ -207,7 +207,7 @@ def check_settings(steps: int, rate: float, seed: int) -> None:
     if not 1 <= steps <= 100000:
         raise ValueError(f"steps is {steps}: give a number from 1 to 100000 (300 is usual)")
     if not 0 < rate <= 1:
-        raise ValueError(f"rate is {rate}: give a number above 0 and at most 1 (0.001 is usual)")
+        raise ValueError(f"rate is {rate}: give a number above 0 and at most 1 (0.0003 is usual)")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed is {seed}: give a number from 0 to {MAX_SEED}")
 
