@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def pool(out: Path, inside: Inside, count: int) -> dict[str, torch.Tensor]:
 
 def write_picks(folder: Path, found: dict[str, torch.Tensor], taste: str, rows: list[int]) -> None:
     """The batches of these rows, the one that the person likes best picked."""
+    shutil.rmtree(folder, ignore_errors=True)
     names = asked(len(found["latents"]))
     nothing = [torch.zeros(1, dtype=torch.uint8) for _ in range(PICTURES)]
     for row in rows:
