@@ -26,6 +26,7 @@ _SINES = 64
 _SAMPLED_WEIGHTS, _SAMPLED_VALUES = 16, 4
 # bfloat16 keeps 8 bits; weights of one model agree to that whatever 16-bit format they are kept in.
 _SAME = 2.0**-7
+OTHER_SHAPES = "its blocks have other weights, by name or shape"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ def unlike(known: dict | None, found: dict | None) -> str | None:
     if not known or not found or known["layout"] != found["layout"]:
         return None
     if known["shapes"] != found["shapes"]:
-        return "its blocks have other weights, by name or shape"
+        return OTHER_SHAPES
     pairs = list(zip(known["values"], found["values"], strict=False))
     other = sum(abs(a - b) > _SAME * max(abs(a), abs(b)) for a, b in pairs)
     if not other:

@@ -2,9 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders, trace_metadata
+from . import folders, pick_routes, trace_metadata
 from .demo_clip import DRMDemoCLIPLoader
+from .head_trainer import DRMHeadTrainer
 from .loader import DRMLoader
+from .pick import DRMPick
 from .plot import DRMTracePlot
 from .sampler import StepwiseKSampler, StepwiseSampler
 from .score import DRMScoreLatent
@@ -13,12 +15,13 @@ from .trainer import StepGRPOLoRATrainer
 
 
 class DRMExtension(ComfyExtension):
-    """The eight nodes, the model folders they read and the hook that brings traces into saved pictures."""
+    """The nodes, the model folders they read, the hook that brings traces into saved pictures, the routes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Not in on_load, which ComfyUI 0.3.75 never calls; the nodes need the folders when asked for inputs.
         folders.register()
         trace_metadata.register()
+        pick_routes.register()
         return [
             DRMLoader,
             DRMScoreLatent,
@@ -28,4 +31,6 @@ class DRMExtension(ComfyExtension):
             DRMTracePlot,
             DRMDemoCLIPLoader,
             StepGRPOLoRATrainer,
+            DRMPick,
+            DRMHeadTrainer,
         ]

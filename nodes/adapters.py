@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -46,17 +47,21 @@ def check_choice(name: str, value: str, choices: list[str]) -> None:
 
 def load_drm_patcher(kind: str, name: str, dtype: str) -> comfy.model_patcher.ModelPatcher:
     """A DRM file as a ModelPatcher around drm.model.DRM. Raises ValueError for a file that is no DRM."""
-    from ..drm.checkpoint import load_drm
-
     path = folder_paths.get_full_path_or_raise(kind, name)
-    device = mm.get_torch_device()
     check_choice("dtype", dtype, ["auto", *DTYPES])
     try:
-        module = load_drm(path, device="cpu", dtype=DTYPES.get(dtype) or _fast_dtype(device))
+        return drm_patcher(path, DTYPES.get(dtype) or _fast_dtype(mm.get_torch_device()))
     except ValueError as error:
         raise ValueError(f"DRM Loader: {error}") from error
+
+
+def drm_patcher(path: str | Path, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
+    """A file by its path, see `load_drm_patcher`."""
+    from ..drm.checkpoint import load_drm
+
+    module = load_drm(path, device="cpu", dtype=dtype)
     module.requires_grad_(False).eval()
-    return patcher_class()(module, load_device=device, offload_device=mm.unet_offload_device())
+    return patcher_class()(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
 
 
 def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
@@ -171,6 +176,7 @@ class ScoringPrompts:
     def __init__(self, positive: list, percent_to_sigma: Callable[[float], float]) -> None:
         if not positive:
             raise ValueError("the positive CONDITIONING is empty: connect a CLIP Text Encode")
+        self.conditioning = positive
         self.prompts = [_read_prompt(embeds, options, percent_to_sigma) for embeds, options in positive]
 
     def at(self, sigma: float, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

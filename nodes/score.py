@@ -158,20 +158,11 @@ class DRMScoreLatent(io.ComfyNode):
         leftover = sigma if latent_is == LEFTOVER else None
 
         def scores_of(scorer: Callable, x: Tensor) -> Tensor:
-            x = adapters.without_frames(x)
             if leftover is not None:
                 return _score_batch(scorer, x, sigma)
             return score_latents(scorer, x, sigma, noise_draws, seed)
 
-        if adapters.is_shared(drm):
-            tensor = trunk.score_with_model(drm, model, positive, samples, leftover, scores_of)
-        else:
-            prompts = adapters.ScoringPrompts(positive, adapters.sd3_percent_to_sigma)
-            samples = adapters.without_frames(samples)
-            adapters.check_drm_fits(drm, prompts, samples)
-            adapters.load_alone(drm)
-            x = adapters.model_latents(samples, leftover).to(mm.get_torch_device())
-            tensor = scores_of(adapters.Scorer(drm, prompts, len(samples)), x)
+        tensor = score_with(drm, samples, positive, model, leftover, scores_of)
         order = tensor.argsort(descending=True, stable=True).tolist()
         scores = tensor.tolist()
         text = ranking_text(scores, order, adapters.stream_ids(latent))
@@ -179,6 +170,42 @@ class DRMScoreLatent(io.ComfyNode):
         return io.NodeOutput(
             scores, text, take(latent, order[:1]), take(latent, order), ui=ui.PreviewText(text)
         )
+
+
+def score_with(
+    drm: comfy.model_patcher.ModelPatcher,
+    samples: Tensor,
+    positive: list,
+    model: comfy.model_patcher.ModelPatcher | None,
+    leftover: float | None,
+    work: Callable[[Callable, Tensor], Tensor],
+) -> Tensor:
+    """work(scorer, x (B, C, H, W) in model space) with a DRM of either kind in memory.
+
+    samples, leftover: see adapters.model_latents. Raises ValueError for what does not fit the DRM.
+    """
+    if adapters.is_shared(drm):
+
+        def without_frames(scorer: Callable, x: Tensor) -> Tensor:
+            return work(scorer, adapters.without_frames(x))
+
+        return trunk.score_with_model(drm, model, positive, samples, leftover, without_frames)
+    prompts = adapters.ScoringPrompts(positive, adapters.sd3_percent_to_sigma)
+    samples = adapters.without_frames(samples)
+    adapters.check_drm_fits(drm, prompts, samples)
+    adapters.load_alone(drm)
+    x = adapters.model_latents(samples, leftover).to(mm.get_torch_device())
+    return work(adapters.Scorer(drm, prompts, len(samples)), x)
+
+
+def score_finished(
+    drm: comfy.model_patcher.ModelPatcher,
+    samples: Tensor,
+    positive: list,
+    model: comfy.model_patcher.ModelPatcher | None,
+) -> Tensor:
+    """Scores (B,) of finished pictures as they are."""
+    return score_with(drm, samples, positive, model, None, lambda scorer, x: _score_batch(scorer, x, 0.0))
 
 
 def check_scoring(sigma: float, latent_is: str, noise_draws: int) -> None:

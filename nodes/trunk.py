@@ -401,10 +401,10 @@ def score_with_model(
         own = x.to(guider.model_patcher.load_device)
         return work(shared_scorer(drm, guider.inner_model, extra_args["model_options"], prompts, own), own)
 
-    return _while_sampling(model, positive, x, inside)
+    return while_sampling(model, positive, x, inside)
 
 
-def _while_sampling(
+def while_sampling(
     model: comfy.model_patcher.ModelPatcher,
     positive: list,
     like: Tensor,

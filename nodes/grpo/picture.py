@@ -81,17 +81,18 @@ def draw_curve(
     held_out: Sequence[tuple[int, float]],
     iterations: int,
     size: tuple[int, int] = (560, 300),
+    titles: tuple[str, str] = ("reward", "held-out score"),
 ) -> Image.Image:
     """Reward of every iteration with its running mean, and below it the held-out score on a scale of its
-    own.
+    own. titles: of the two, where they are other things.
     """
     width, height = (OVERSAMPLE * length for length in size)
     picture = Image.new("RGB", (width, height), PAPER)
     middle = round(height * 0.62)
     points = list(enumerate(rewards, start=1))
     means = list(enumerate(smooth(rewards), start=1))
-    _panel(picture, (0, middle), "reward", [(points, CANDIDATE), (means, CHOSEN)], iterations)
-    _panel(picture, (middle, height), "held-out score", [(list(held_out), CHOSEN)], iterations)
+    _panel(picture, (0, middle), titles[0], [(points, CANDIDATE), (means, CHOSEN)], iterations)
+    _panel(picture, (middle, height), titles[1], [(list(held_out), CHOSEN)], iterations)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 

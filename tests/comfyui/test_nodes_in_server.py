@@ -39,6 +39,16 @@ NODES = {
     ),
     "DRMTracePlot": ("DRM Trace Plot", ["trace", "item", "scores", "width", "height", "latent"], ["IMAGE"]),
     "DRMDemoCLIPLoader": ("DRM Demo CLIP Loader", ["clip_name"], ["CLIP"]),
+    "DRMPick": (
+        "DRM Pick",
+        ["images", "latent", "prompt", "name", "without_a_page", "model", "drm", "positive"],
+        ["IMAGE", "LATENT"],
+    ),
+    "DRMHeadTrainer": (
+        "DRM Head Trainer",
+        "model clip picks blocks steps rate seed name better worse prompt".split(),
+        ["DRM_MODEL", "STRING", "STRING", "IMAGE"],
+    ),
     "StepGRPOLoRATrainer": (
         "Step-GRPO LoRA Trainer",
         (

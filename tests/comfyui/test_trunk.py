@@ -21,7 +21,7 @@ def trunk(pack):
 def read(pack, model, positive, like, work):
     """work(Trunk of `taps`, guider, model options) while ComfyUI has the model in place."""
     with torch.inference_mode():
-        return pack.module("nodes.trunk")._while_sampling(model, positive, like, work)
+        return pack.module("nodes.trunk").while_sampling(model, positive, like, work)
 
 
 def tokens_of(pack, tiny, x, positive, taps, sigma=SIGMA, items=None, like=None, model=None):
