@@ -73,7 +73,7 @@ def test_picks_become_a_drm_for_the_other_nodes(inside, folders):
     assert "24 pairs in 12 batches of 5 prompts" in report
     assert (plot.shape[0], plot.shape[3]) == (1, 3)
     assert float(plot.std()) > 0.01
-    assert drm.model.trunk.taps == (1, 2)
+    assert drm.model.trunk.taps == (1,)
     assert drm.model.metadata["picks"] == {"from": "taste", "batches": 12, "pairs": 24, "prompts": 5}
     assert 0 <= drm.model.metadata["accuracy"]["accuracy"] <= 1
     assert drm.model.metadata["calibration"]["sigma"] == [0.125, 0.375, 0.625, 0.875]
@@ -232,12 +232,12 @@ def test_what_does_not_fit_is_a_sentence(inside, folders):
     for changes, words in (
         ({"picks": "nothing"}, "nothing is not there: pick in a DRM Pick node"),
         ({"picks": "../taste"}, "not a path"),
-        ({"picks": "two"}, "picked on a sd3 model of 9 blocks, 256 wide and the MODEL is a sd3 model of 4"),
+        ({"picks": "two"}, "picked on a sd3 model of 9 blocks, 128 wide and the MODEL is a sd3 model of 2"),
         ({"picks": "video"}, "3 frames: a head is learned from pictures"),
         ({"name": "whole"}, "is there already and is no head of this trainer"),
         ({"name": "a/b"}, "not a path"),
         ({"blocks": "1, x"}, "blocks is '1, x': give numbers"),
-        ({"blocks": "9"}, r"blocks \[9\] are to be read: wanted ascending numbers from 1 to 4"),
+        ({"blocks": "9"}, r"blocks \[9\] are to be read: wanted ascending numbers from 1 to 2"),
         ({"steps": 0}, "steps is 0"),
         ({"rate": 0.0}, "rate is 0"),
         ({"clip": broken_clip(inside)}, "tokens at sigma .* hold NaN or infinity"),
