@@ -78,9 +78,7 @@ class ComfyPolicy:
 
 
 class NothingInPlace(TorchFunctionMode):
-    """Within it `x += y` makes a new tensor: some blocks overwrite what autograd has kept, and computed again
-    they would do so unnoticed.
-    """
+    """Within it `x += y` makes a new tensor: some blocks overwrite what autograd has kept, which it refuses."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         return NEW.get(function, function)(*args, **(kwargs or {}))
