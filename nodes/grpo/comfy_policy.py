@@ -78,7 +78,7 @@ class ComfyPolicy:
 
 
 class NothingInPlace(TorchFunctionMode):
-    """Within it `x += y` makes a new tensor: some blocks overwrite what autograd has kept, which it refuses."""
+    """Within it `x += y` makes a new tensor: some blocks overwrite what autograd has kept."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         return NEW.get(function, function)(*args, **(kwargs or {}))
