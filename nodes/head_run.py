@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
@@ -65,9 +66,7 @@ class HeadRun:
         needed = self.trainer.prompts(until)
         self.prompts.need(needed)
         shape = self.trainer.learned[0].shape
-        like = torch.zeros(1, *shape)
-        if self.model.get_model_object("latent_format").latent_dimensions == 3:
-            like = like.unsqueeze(2)
+        like = comfy.sample.fix_empty_latent_channels(self.model, torch.zeros(1, *shape))
 
         def work_inside(guider: comfy.samplers.CFGGuider, extra_args: dict) -> dict | None:
             taps = self.trainer.drm.trunk.taps

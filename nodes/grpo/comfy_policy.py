@@ -25,7 +25,7 @@ from ..inside_sampling import InsideSampling
 
 CALCULATE = "sampler_calc_cond_batch_function"
 ATTENTION = "optimized_attention_override"
-NEW = {Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
+OUT_OF_PLACE = {Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
 
 
 class ComfyPolicy:
@@ -81,7 +81,7 @@ class NothingInPlace(TorchFunctionMode):
     """Within it `x += y` makes a new tensor: some blocks overwrite what autograd has kept."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        return NEW.get(function, function)(*args, **(kwargs or {}))
+        return OUT_OF_PLACE.get(function, function)(*args, **(kwargs or {}))
 
 
 def _torch_attention(function: Callable, *args, **kwargs) -> Tensor:

@@ -136,11 +136,10 @@ def main() -> None:
     minutes = {stage: share * args.minutes for stage, share in SHARES.items()}
     render_all(args.out, minutes["scenes"])
     network = make_autoencoder(args.out, minutes["autoencoder"], args.warm)
-    for name in ("judge", "rater"):
-        make_detector(args.out, name, minutes[name], network)
+    make_detector(args.out, "judge", minutes["judge"], network)
+    rater = make_detector(args.out, "rater", minutes["rater"], network)
     generator, tokenizer, statistics = make_generator(args.out, minutes["generator"], args.warm, network)
     base = export_base(args.out, network, generator, tokenizer, statistics)
-    rater = make_detector(args.out, "rater", 0, network)
     family = generator, tokenizer, network, statistics
     parts = draw_all(args.out, minutes["drawings"], *family, rater)
 

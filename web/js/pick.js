@@ -86,7 +86,7 @@ class Panel {
         for (let row = 0; row < (batch?.count ?? 0); row++) {
             const button = element("button", "", this.grid);
             button.type = "button";
-            button.setAttribute("aria-label", `picture ${row}`);
+            button.setAttribute("aria-label", `picture ${row + 1}`);
             const query = new URLSearchParams({ name: batch.name, record: batch.record, row });
             element("img", "", button).src = api.apiURL(`/drm/picks/picture?${query}`);
             button.addEventListener("click", () => this.toggle(row));
