@@ -99,11 +99,11 @@ def augmented(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Gains and offsets of the channels, blur and noise: (B, 3, H, W) -> the same."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return low + (high - low) * torch.rand(len(pictures), *shape, generator=rng)
+        return low + (high - low) * torch.rand(len(pictures), *shape, generator=rng, device=rng.device)
 
     out = (pictures - 1) * uniform(0.85, 1.1, 3, 1, 1) + 1 + uniform(-0.06, 0.06, 3, 1, 1)
     out = torch.lerp(out, F.avg_pool2d(out, 5, 1, 2, count_include_pad=False), uniform(0, 0.9, 1, 1, 1))
-    noise = torch.randn(out.shape, generator=rng)
+    noise = torch.randn(out.shape, generator=rng, device=rng.device)
     return (out + uniform(0, 0.12, 1, 1, 1) * noise).clamp(-1, 1)
 
 

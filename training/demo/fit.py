@@ -46,8 +46,8 @@ def device() -> torch.device:
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step: whoever resumes at `step` draws the same."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFFFFFFFFFFFFFF)
+    """The random numbers of one step, on the device: whoever resumes at `step` there draws the same."""
+    return torch.Generator(device()).manual_seed((seed * 1_000_003 + step) & 0x7FFFFFFFFFFFFFFF)
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:

@@ -78,10 +78,11 @@ class Renderer:
     def __init__(self, folder: Path) -> None:
         icons = fetch(folder)
         self._icons = [rasterise(icons, thing.icon) for thing in things()]
-        self._sized = functools.lru_cache(maxsize=None)(self._draw)
+        self._tinted = functools.cache(lambda thing, colour: tinted(self._icons[thing], colour))
+        self._sized = functools.cache(self._draw)
 
     def _draw(self, thing: int, colour: str, pixels: int) -> Image.Image:
-        return tinted(self._icons[thing], colour).resize((pixels, pixels), Image.Resampling.BOX)
+        return self._tinted(thing, colour).resize((pixels, pixels), Image.Resampling.BOX)
 
     def picture(self, scene: Sequence[Placed], size: int = SIZE) -> np.ndarray:
         """(size, size, 3) uint8."""

@@ -29,7 +29,7 @@ from training.demo.detector import (
 )
 from training.demo.fit import device, fit, in_bfloat16, once
 from training.demo.generator import SHIFT, Generator, decode, draw, grid
-from training.demo.rendered import SMALL, Shown, load_set, renderer, save_array, scene_of
+from training.demo.rendered import SMALL, Shown, load_set, renderer, save_array
 from training.demo.scenes import benchmark_captions, edited, place, random_caption, things
 
 TOKENS = 16
@@ -56,11 +56,12 @@ def make_autoencoder(out: Path, minutes: float, warm: Path | None) -> Autoencode
     shown = ae.to_float(pictures[-64:]).to(device(), memory_format=torch.channels_last)
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
-        parts = [ae.batch_of(p, np.arange(len(p)), batch, SMALL, rng) for p in (pictures, alone)]
+        draws = torch.Generator().manual_seed(rng.initial_seed())
+        parts = [ae.batch_of(p, np.arange(len(p)), batch, SMALL, draws) for p in (pictures, alone)]
         seen = torch.cat(parts).to(device(), memory_format=torch.channels_last)
         with in_bfloat16(device()):
             latents = network.encoder(seen).float()
-            noise = torch.randn(latents.shape, generator=rng).to(device())
+            noise = torch.randn(latents.shape, generator=rng, device=rng.device)
             output = network.decoder(latents + ae.LATENT_NOISE * noise).float()
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         prior = mean.square().mean() + std.clamp_min(1e-3).log().square().mean()
@@ -88,14 +89,19 @@ def make_autoencoder(out: Path, minutes: float, warm: Path | None) -> Autoencode
     return network.requires_grad_(False)
 
 
+def on_device(pictures: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1], where the networks are."""
+    there = torch.from_numpy(np.array(pictures)).to(device())
+    return there.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
-def encode(network: AutoencoderTiny, pictures: np.ndarray, batch: int = 64) -> torch.Tensor:
+def encode(network: AutoencoderTiny, pictures: np.ndarray, batch: int = 256) -> torch.Tensor:
     """Raw latents (N, 16, H / 8, W / 8) in half precision."""
     parts = []
     for first in range(0, len(pictures), batch):
-        seen = ae.to_float(pictures[first : first + batch]).to(device(), memory_format=torch.channels_last)
         with in_bfloat16(device()):
-            parts.append(network.encoder(seen).half().cpu())
+            parts.append(network.encoder(on_device(pictures[first : first + batch])).half().cpu())
     return torch.cat(parts)
 
 
@@ -145,14 +151,16 @@ def _train_detector(
     handed_on = _decoded(out, network, shown.pictures[: min(DECODED, count)])
     detector.to(device(), memory_format=torch.channels_last)
     batch = 64 if device().type == "cpu" else 256
-    forward = torch.compile(detector)
+    # on a GPU compiling costs as long as the run
+    forward = torch.compile(detector) if device().type == "cpu" else detector
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
-        real = torch.randint(count, (batch // 2,), generator=rng).tolist()
-        decoded = torch.randint(len(handed_on), (batch - len(real),), generator=rng).tolist()
+        real = torch.randint(count, (batch // 2,), generator=rng, device=rng.device).tolist()
+        decoded = torch.randint(len(handed_on), (batch - len(real),), generator=rng, device=rng.device)
+        decoded = decoded.tolist()
         pixels = np.concatenate([shown.pictures[sorted(real)], handed_on[sorted(decoded)]])
         scenes = [shown.scenes[i] for i in (*sorted(real), *sorted(decoded))]
-        seen = augmented(ae.to_float(pixels), rng).to(device(), memory_format=torch.channels_last)
+        seen = augmented(on_device(pixels), rng).contiguous(memory_format=torch.channels_last)
         with in_bfloat16(device()):
             logits = forward(seen)
         return detection_loss(logits.float(), targets(scenes))
@@ -255,26 +263,27 @@ def _train_generator(
     network: AutoencoderTiny,
 ) -> None:
     where = device()
-    captions = {name: [str(scene_of(name, n)[0]) for n in range(len(latents[name]))] for name in latents}
-    ids = {name: text.encode_ids(tokenizer, captions[name]) for name in latents}
-    nothing = text.encode_ids(tokenizer, [""])[0]
-    forward = torch.compile(model)
+    captions = {name: (out / f"{name}.txt").read_text().split("\n") for name in latents}
+    ids = {name: text.encode_ids(tokenizer, captions[name]).to(where) for name in latents}
+    latents = {name: values.to(where) for name, values in latents.items()}
+    nothing = text.encode_ids(tokenizer, [""])[0].to(where)
+    forward = torch.compile(model, dynamic=False)
     batch = {"trained": 64, "small": 160} if where.type == "cpu" else {"trained": 1024, "small": 2048}
 
     def loss(step: int, rng: torch.Generator) -> torch.Tensor:
         name = "small" if step % SMALL_EVERY == SMALL_EVERY - 1 else "trained"
-        picked = torch.randint(len(latents[name]), (batch[name],), generator=rng)
+        size = batch[name]
+        picked = torch.randint(len(latents[name]), (size,), generator=rng, device=where)
         asked = ids[name][picked]
-        asked[torch.rand(batch[name], generator=rng) < UNCAPTIONED] = nothing
+        asked[torch.rand(size, generator=rng, device=where) < UNCAPTIONED] = nothing
         x0 = latents[name][picked].float()
-        noise = torch.randn(x0.shape, generator=rng)
+        noise = torch.randn(x0.shape, generator=rng, device=where)
         # stratified over the batch: the same sigmas a uniform draw gives, with less variance in the loss
-        uniform = (torch.arange(batch[name]) + torch.rand(batch[name], generator=rng)) / batch[name]
-        sigma = flow.shift_sigmas(uniform, SHIFT)
-        noisy, sigma, asked = (t.to(where) for t in (flow.add_noise(x0, noise, sigma), sigma, asked))
+        spread = torch.arange(size, device=where) + torch.rand(size, generator=rng, device=where)
+        sigma = flow.shift_sigmas(spread / size, SHIFT)
         with in_bfloat16(where):
-            output = forward(noisy, sigma, asked).float()
-        return (output - (noise - x0).to(where)).square().mean()
+            output = forward(flow.add_noise(x0, noise, sigma), sigma, asked).float()
+        return (output - (noise - x0)).square().mean()
 
     asked = [str(caption) for caption in benchmark_captions(40)]
 

@@ -39,7 +39,7 @@ from training.demo.generator import Generator
 from training.demo.icons import LICENCE
 from training.demo.learning import encode, make_autoencoder, make_detector, make_generator
 from training.demo.rated_drawings import draw_all, write_encoded
-from training.demo.rendered import render_all, renderer
+from training.demo.rendered import render_all
 from training.reward.reward_trainer import RESULT, RewardTrainer
 
 Minutes = Annotated[float, Range(0, 10_080, above=True)]
@@ -101,8 +101,9 @@ def reward_config(out: Path, base: Path, folder: Path, steps: int) -> DRMConfig:
             ema=0.995,
             noise="independent",
             save_every=max(1, steps // 20),
-            evaluate_every=max(1, steps // 5),
-            workers=0,
+            evaluate_every=max(1, steps // 4),
+            held_out_pairs=2048,
+            workers=0 if device().type == "cpu" else 8,
         ),
     )
 
@@ -146,8 +147,7 @@ def main() -> None:
     def scaled(pictures: np.ndarray) -> torch.Tensor:
         return (encode(network, pictures).float() - statistics["mean"]) / statistics["std"]
 
-    draw_scene = renderer(args.out / "source").picture
-    write_encoded(args.out, parts, draw_scene, scaled, generator, tokenizer)
+    write_encoded(args.out, parts, scaled, generator, tokenizer)
     print(f"reward model -> {make_reward(args.out, minutes['reward'], base)}")
 
 

@@ -28,14 +28,16 @@ from training.demo import text
 from training.demo.detector import Detector, opinions
 from training.demo.fit import once
 from training.demo.generator import Generator, decode, draw
+from training.demo.rendered import in_processes, renderer
 from training.demo.scenes import SIZE, Caption, Placed, edited, place, trained_caption
 
 # (steps, guidance, noise level)
 WAYS = ((16, 3.0, 0.0), (16, 3.0, 0.7), (12, 1.5, 0.0), (12, 1.5, 0.7), (14, 4.0, 0.7), (12, 2.0, 1.0))
 SHARES = (0.08, 0.34, 0.17, 0.26, 0.15)  # of the kinds, between what is trained on and what is asked
-CAPTIONS = 64  # of one part
+CAPTIONS = 1024 if torch.cuda.is_available() else 64  # of one part
 KEPT_BACK = 20  # every so many-th caption is held out
 EDITS = 2  # pairs of scenes a caption gets
+CHUNK = 64  # captions whose scenes are rendered and encoded at a time
 
 
 def captions_of(part: int) -> list[Caption]:
@@ -58,7 +60,9 @@ def draw_part(
     for number, (steps, cfg, noise) in enumerate(WAYS):
         first = 1_000_000 + (part * len(WAYS) + number) * CAPTIONS
         seeds = list(range(first, first + CAPTIONS))
-        found.append(draw(generator, tokenizer, asked, seeds, steps=steps, cfg=cfg, noise_level=noise))
+        found.append(
+            draw(generator, tokenizer, asked, seeds, steps=steps, cfg=cfg, noise_level=noise, batch=CAPTIONS)
+        )
     latents = torch.stack(found, 1)
     pictures = decode(autoencoder, latents.flatten(0, 1), statistics)
     rated = opinions(rater, pictures, [caption for caption in captions for _ in WAYS])
@@ -101,17 +105,26 @@ def ranked_pairs(errors: torch.Tensor) -> Iterator[tuple[int, int]]:
             yield (a, b) if errors[a] < errors[b] else (b, a)
 
 
+def edits(source: Path, captions: Sequence[Caption], seed: int) -> np.ndarray:
+    """Of each caption in turn, EDITS times a scene that answers it and one that is wrong by one edit, (N, H,
+    W, 3) uint8.
+    """
+    rng, draw_scene = np.random.default_rng([5, seed]), renderer(source).picture
+    scenes: list[Sequence[Placed]] = []
+    for caption in captions:
+        for _ in range(EDITS):
+            scenes += [place(caption, rng), place(edited(caption, rng), rng)]
+    return np.stack([draw_scene(scene) for scene in scenes])
+
+
 def write_encoded(
     out: Path,
     parts: int,
-    render: Callable[[Sequence[Placed]], np.ndarray],
     encode: Callable[[np.ndarray], torch.Tensor],
     generator: Generator,
     tokenizer: Tokenizer,
 ) -> Path:
-    """OUT/encoded, for training.train_drm. render(scene) -> picture (H, W, 3) uint8; encode(pictures) ->
-    model-space latents.
-    """
+    """OUT/encoded, for training.train_drm. encode(pictures) -> model-space latents."""
     folder = out / "encoded"
     if (folder / "meta.json").exists():
         return folder
@@ -134,16 +147,15 @@ def write_encoded(
             add(part * CAPTIONS + number, pairs, "drawings", 1 / max(1, len(pairs)))
             pictures += len(WAYS)
         shards.write_image_shard(folder, part, found["latents"].flatten(0, 1))
-    for part in range(parts):
-        scenes, rng = [], np.random.default_rng([5, part])
-        for number in range(CAPTIONS):
-            prompt = part * CAPTIONS + number
-            for _ in range(EDITS):
-                scenes += [place(captions[prompt], rng), place(edited(captions[prompt], rng), rng)]
-                add(prompt, [(0, 1)], "edited", 1 / EDITS)
-                pictures += 2
-        latents = encode(np.stack([render(scene) for scene in scenes]))
-        shards.write_image_shard(folder, parts + part, latents.half())
+    chunks = [captions[first : first + CHUNK] for first in range(0, len(captions), CHUNK)]
+    with in_processes() as pool:
+        made = pool.map(edits, itertools.repeat(out / "source"), chunks, range(len(chunks)))
+        for number, scenes in enumerate(made):
+            shards.write_image_shard(folder, parts + number, encode(scenes).half())
+    for prompt in range(len(captions)):
+        for _ in range(EDITS):
+            add(prompt, [(0, 1)], "edited", 1 / EDITS)
+            pictures += 2
     with torch.no_grad():
         ids = text.encode_ids(tokenizer, [str(caption) for caption in captions])
         where = next(generator.parameters()).device
