@@ -25,7 +25,7 @@ from training.engine.steps import Run, adamw
 
 Loss = Callable[[int, torch.Generator], torch.Tensor]
 TIMED, WARM = 12, 4  # steps that are timed, and those before that are not: compilation is among them
-LOG_EVERY, SAVES = 50, 20
+LOG_EVERY, SAVES = 50, (4 if torch.cuda.is_available() else 20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
