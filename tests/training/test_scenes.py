@@ -227,6 +227,10 @@ def test_a_plan_is_made_once(tmp_path):
     assert fit.planned(tmp_path, 100.0, lambda number: pytest.fail("timed again")) == steps >= 1
 
 
+def darkness(pictures):
+    return 255 - torch.from_numpy(pictures).float().mean((1, 2, 3))
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Two parts of four captions, each drawn in two ways by a random generator, rated by chance, encoded."""
@@ -251,8 +255,7 @@ def drawn(tmp_path_factory):
         folder = rated_drawings.write_encoded(
             out,
             parts,
-            lambda scene: np.full((128, 128, 3), len(scene), np.uint8),
-            lambda pictures: torch.from_numpy(pictures[:, :1, :1, :1]).float().expand(-1, 16, 16, 16),
+            lambda pictures: darkness(pictures)[:, None, None, None].expand(-1, 16, 16, 16),
             generator,
             names,
         )
@@ -266,6 +269,12 @@ def test_drawings_become_pairs_that_training_reads(drawn):
     errors = torch.cat([load_file(out / "drawings" / f"{n:05d}.safetensors")["errors"] for n in range(2)])
     differing = int((errors[:, 0] != errors[:, 1]).sum())
     sources = pairs.columns["source"]
+    ids_of_edits = [
+        (int(pairs.columns["chosen"][row]), int(pairs.columns["rejected"][row]))
+        for row, source in enumerate(sources)
+        if source == "edited"
+    ]
+    shown = darkness(rated_drawings.edits(out / "source", captions, 0)).reshape(-1, 2).tolist()
     assert (sources.count("drawings"), sources.count("edited")) == (differing, 8 * rated_drawings.EDITS)
     for row, source in enumerate(sources):
         prompt, chosen, rejected = (int(pairs.columns[c][row]) for c in ("prompt", "chosen", "rejected"))
@@ -274,9 +283,11 @@ def test_drawings_become_pairs_that_training_reads(drawn):
             assert errors[prompt, chosen % 2] < errors[prompt, rejected % 2]
         else:
             assert min(chosen, rejected) >= 16
-            # what stands for a picture here is the number of its things
-            count = float(pairs.latents([chosen])[0, 0, 0, 0])
-            assert count == captions[prompt].count
+            # what stands for a picture's latents here is how dark the picture is
+            order = ids_of_edits.index((chosen, rejected))
+            assert order // rated_drawings.EDITS == prompt
+            dark = [float(pairs.latents([picture])[0, 0, 0, 0]) for picture in (chosen, rejected)]
+            assert dark == pytest.approx(shown[order], rel=1e-2)
     kept_back = {str(captions[0]), str(captions[4])}
     held_out = [str(captions[int(p)]) in kept_back for p in pairs.columns["prompt"]]
     assert pairs.columns["held_out"].tolist() == held_out
