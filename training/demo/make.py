@@ -45,6 +45,8 @@ from training.reward.reward_trainer import RESULT, RewardTrainer
 Minutes = Annotated[float, Range(0, 10_080, above=True)]
 SHARES = {"scenes": 0.03, "autoencoder": 0.06, "judge": 0.05, "rater": 0.05}
 SHARES |= {"generator": 0.45, "drawings": 0.08, "reward": 0.28}
+# from nothing an autoencoder learns colours last, and all that follows sees through it
+FROM_NOTHING = SHARES | {"autoencoder": 0.18, "generator": 0.38, "reward": 0.23}
 CHECKPOINT = "checkpoints/drm_demo_scenes_sd3.safetensors"
 CLIP = "text_encoders/drm_demo_scenes_clip.safetensors"
 REWARD = "drm/drm_demo_scenes.safetensors"
@@ -134,7 +136,8 @@ def main() -> None:
     # Weights that die leave gradients too small for a normal float, and each costs a CPU 100 cycles. Threads
     # take the setting over when they start, so it comes first.
     torch.set_flush_denormal(True)
-    minutes = {stage: share * args.minutes for stage, share in SHARES.items()}
+    shares = SHARES if args.warm else FROM_NOTHING
+    minutes = {stage: share * args.minutes for stage, share in shares.items()}
     render_all(args.out, minutes["scenes"])
     network = make_autoencoder(args.out, minutes["autoencoder"], args.warm)
     make_detector(args.out, "judge", minutes["judge"], network)
