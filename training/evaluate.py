@@ -6,6 +6,8 @@
 
 Columns: ImageReward, PickScore in its three forms, HPDv2 and HPDv3, each counted as it was published
 (evaluation/protocols.py) with 95 % bootstrap intervals; a test set that is not given or not there is a "-".
+Each scorer has one more row, `prompts swapped`: the same pictures under another prompt of similar length, at
+the first sigma. What a scorer loses there is what it owes to the prompt.
 Pictures are encoded to latents at `resolution`, clean or noised to each sigma, prompts as long as each
 model's header says. In --out:
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -85,17 +88,17 @@ def evaluate(config: EvaluateConfig) -> dict:
     device = _device(config.device)
     scorers, encoders, facts = load_scorers(config, device)
     jobs = picture_scores.jobs_of(ranking for ones in rankings.values() for ranking in ones)
-    books, bad = picture_scores.score_all(
-        jobs,
-        scorers,
-        Path(config.out) / "scores",
-        encoders,
+    score_all = functools.partial(
+        picture_scores.score_all,
+        folder=Path(config.out) / "scores",
+        encoders=encoders,
         resolution=config.resolution,
         fit=config.fit,
         seed=config.seed,
         batch_size=config.batch,
         workers=config.workers,
     )
+    books, bad = score_all(jobs, scorers)
     digests = {job.key: job.digest for job in jobs}
     rankings = test_sets.drop_unscored(
         rankings, reports, lambda prompt, picture: bad.get(digests[prompt, picture.key])
@@ -107,6 +110,15 @@ def evaluate(config: EvaluateConfig) -> dict:
         for scorer in scorers
         for sigma in scorer.sigmas
         for result in count_all(config, rankings, scorer.name, sigma, books[scorer.name], digests)
+    ]
+    swapped = {name: test_sets.with_other_prompts(ones) for name, ones in rankings.items()}
+    jobs = picture_scores.jobs_of(ranking for ones in swapped.values() for ranking in ones)
+    books, _ = score_all(jobs, [dataclasses.replace(s, sigmas=s.sigmas[:1]) for s in scorers])
+    digests = {job.key: job.digest for job in jobs}
+    results += [
+        {**result, "prompts_swapped": True}
+        for scorer in scorers
+        for result in count_all(config, swapped, scorer.name, scorer.sigmas[0], books[scorer.name], digests)
     ]
     tree = accuracy_table.build(
         config=dataclasses.asdict(config),

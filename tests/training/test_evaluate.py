@@ -22,7 +22,7 @@ from training.data.encoders import SD3Encoders
 from training.data.readers import Picture, Ranking, Report, read_rankings
 from training.evaluate import EvaluateConfig, main
 from training.evaluation.picture_scores import prompt_noise, t5_length
-from training.evaluation.test_sets import FORMATS, drop_unscored, source_of
+from training.evaluation.test_sets import FORMATS, drop_unscored, source_of, with_other_prompts
 
 ROWS = {"imagereward": 3, "pickapic_test": 7, "pickapic_test_unique": 4, "pickapic_validation_unique": 3}
 ROWS |= {"hpdv2": 3, "hpdv3": 4, "pairs": 4}
@@ -105,7 +105,7 @@ def test_a_baseline_through_the_command(data, clip, tmp_path, capsys):
             return model(**inputs).logits_per_image.item()
 
     expected, threshold = accuracies(config, score)
-    found = {result["column"]: result for result in tree["results"]}
+    found = {r["column"]: r for r in tree["results"] if not r.get("prompts_swapped")}
     assert {column: result["accuracy"] for column, result in found.items()} == pytest.approx(expected)
     assert found["pickscore_official"]["threshold"] == threshold
     row = next(line for line in printed.splitlines() if line.startswith("| Tiny "))
@@ -122,6 +122,43 @@ def test_a_baseline_through_the_command(data, clip, tmp_path, capsys):
         assert len(figure.convert("L").getcolors()) > 10
 
 
+def test_what_is_owed_to_the_prompt(data, tmp_path, capsys, monkeypatch):
+    """A scorer that looks at pictures alone loses nothing by swapped prompts; one whose choice hangs on the
+    prompt is right with its own only.
+    """
+    path = data / "hpdv3" / "test.json"
+    config = write_config(tmp_path, data, benchmarks={"hpdv3": {"path": str(path)}})
+    rankings = rankings_of(config, "hpdv3")
+    preferred = {r.prompt: r.pictures[0].open().tobytes() for r in rankings}
+    assert len(preferred) == len(rankings) > 1
+
+    def by_picture(prompt, pictures):
+        return [int(hashlib.sha256(picture.tobytes()).hexdigest()[:8], 16) for picture in pictures]
+
+    def by_prompt(prompt, pictures):
+        return [float(picture.tobytes() == preferred[prompt]) for picture in pictures]
+
+    scorers = {"some:picture": by_picture, "some:prompt": by_prompt}
+    monkeypatch.setattr(evaluate.baselines, "load_baseline", lambda spec, device: scorers[spec])
+    given = ["--baseline", "Picture=some:picture", "--baseline", "Prompt=some:prompt"]
+    assert main(["--config", config, *given]) == 0
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    found = {(r["scorer"], r.get("prompts_swapped", False)): r["accuracy"] for r in results}
+    assert found["Picture", True] == found["Picture", False]
+    assert (found["Prompt", False], found["Prompt", True]) == (1.0, 0.0)
+    assert "| Prompt, prompts swapped " in capsys.readouterr().out
+
+
+def test_swapped_prompts_are_of_similar_length():
+    picture = Picture(path="a.png", key="a")
+    texts = ["a cat", "a dog in a long sentence of words", "a fox", "a cat and a dog in a house of glass"]
+    ones = [Ranking(prompt=t, pictures=(picture, picture), ranks=(0, 1), source="s", row="r") for t in texts]
+    swapped = with_other_prompts([*ones, ones[0]])
+    assert [r.prompt for r in swapped] == ["a fox", texts[3], texts[1], "a cat", "a fox"]
+    assert [(r.pictures, r.ranks) for r in swapped] == [(r.pictures, r.ranks) for r in [*ones, ones[0]]]
+    assert with_other_prompts([ones[0], ones[0]]) == []
+
+
 def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path, data, benchmarks={"hpdv2": {"path": str(data / "hpdv2" / "test.json")}})
     arguments = ["--config", config, "--baseline", f"Tiny=clip:{clip}"]
@@ -129,7 +166,7 @@ def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, m
     whole = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
     (book,) = (tmp_path / "out" / "scores").glob("Tiny-*.jsonl")
     lines = book.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 27
+    assert len(lines) == 27 + 27  # and once under another prompt
     # As if killed in the middle of a line of the third batch.
     book.write_bytes(b"".join(lines[:12]) + lines[12][:20])
     calls = []
@@ -146,7 +183,7 @@ def test_what_is_scored_is_kept_and_gone_on_from(data, clip, tmp_path, capsys, m
 
     monkeypatch.setattr(evaluate.baselines, "load_baseline", counting)
     assert main(arguments) == 0
-    assert sum(calls) == 27 - 10  # two whole batches of five were there
+    assert sum(calls) == 54 - 10  # two whole batches of five were there
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"] == whole
     scored = {tuple(json.loads(line)) for line in book.read_bytes().splitlines()}
     assert scored == {tuple(json.loads(line)) for line in lines}
@@ -170,7 +207,7 @@ def test_stopped_by_hand_and_gone_on(data, tmp_path, capsys, monkeypatch):
     assert main(arguments) == 130
     assert "goes on from here" in capsys.readouterr().err
     assert main(arguments) == 0
-    assert sum(calls) - calls[1] == 27  # nothing was scored twice but the batch it was stopped in
+    assert sum(calls) - calls[1] == 54  # nothing was scored twice but the batch it was stopped in
 
 
 def test_thresholds_are_chosen_on_raw_scores(data, encoders, tmp_path):
@@ -186,7 +223,7 @@ def test_thresholds_are_chosen_on_raw_scores(data, encoders, tmp_path):
         {tuple(row[:2]): row[2] for row in map(json.loads, book.read_text().splitlines())}
         for book in sorted((tmp_path / "out" / "scores").glob("*.jsonl"))
     ]
-    assert len(books[0]) == 4 * 8
+    assert sum(sigma > 0 for _, sigma in books[0]) == 3 * 8
     assert books[0] == books[1]
 
 
@@ -238,7 +275,8 @@ def test_reward_models_through_the_command(data, encoders, clip, tmp_path, capsy
 
             expected, _ = accuracies(config, score)
             name = path[-len("a.safetensors")]
-            own = [r for r in tree["results"] if (r["scorer"], r["sigma"]) == (name, sigma)]
+            shown = [r for r in tree["results"] if not r.get("prompts_swapped")]
+            own = [r for r in shown if (r["scorer"], r["sigma"]) == (name, sigma)]
             assert {r["column"]: r["accuracy"] for r in own} == pytest.approx(expected)
     facts = tree["scorers"][0]
     assert facts["sha256"] == hashlib.sha256(Path(models[0]).read_bytes()).hexdigest()

@@ -77,7 +77,7 @@ def write(tree: dict, out: Path) -> None:
     """evaluation.json and accuracy.png."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "evaluation.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
-    replace_atomically(out / "accuracy.png", lambda temporary: plot(tree["results"], temporary))
+    replace_atomically(out / "accuracy.png", lambda temporary: plot(_as_asked(tree["results"]), temporary))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,10 +86,10 @@ def write_text(path: Path, text: str) -> None:
 
 def table(tree: dict, paper: bool = False) -> str:
     """Rows of scorer and sigma, columns of test sets, in % with intervals; then the rows of each set."""
-    shown = {(r["scorer"], r["sigma"], r["column"]): _percent(r) for r in tree["results"]}
+    shown = {(*_row(r), r["column"]): _percent(r) for r in tree["results"]}
     rows = [
-        [name, _sigma(sigma), *(shown.get((name, sigma, c), "-") for c in TITLES)]
-        for name, sigma in dict.fromkeys((r["scorer"], r["sigma"]) for r in tree["results"])
+        [*row, *(shown.get((*row, column), "-") for column in TITLES)]
+        for row in dict.fromkeys(_row(r) for r in tree["results"])
     ]
     if paper:
         rows += [[f"{name} (published)", "", *_published(figures)] for name, figures in PAPER.items()]
@@ -97,6 +97,15 @@ def table(tree: dict, paper: bool = False) -> str:
     if paper:
         parts.append("(*) published without saying which of the three forms was counted.")
     return "\n\n".join([*parts, _rows_of_sets(tree)]) + "\n"
+
+
+def _row(result: dict) -> tuple[str, str]:
+    name = result["scorer"] + (", prompts swapped" if result.get("prompts_swapped") else "")
+    return name, _sigma(result["sigma"])
+
+
+def _as_asked(results: Sequence[dict]) -> list[dict]:
+    return [result for result in results if not result.get("prompts_swapped")]
 
 
 def _percent(result: dict) -> str:
@@ -117,12 +126,14 @@ def _rows_of_sets(tree: dict) -> str:
         why = ", ".join(f"{reason} ({number})" for reason, number in [*bad.items(), *left.items()])
         rows.append([name, counts["read"], counts["used"], sum(bad.values()), sum(left.values()), why])
     parts = [_aligned(["test set", "rows read", "used", "refused", "left out", "why"], rows)]
-    per_column = {r["column"]: [r["counted"], r["prompts"], r["left_out"]] for r in tree["results"]}
+    per_column = {
+        r["column"]: [r["counted"], r["prompts"], r["left_out"]] for r in _as_asked(tree["results"])
+    }
     rows = [[TITLES[column], *numbers] for column, numbers in per_column.items()]
     parts.append(_aligned(["column", "averaged over", "prompts", "ties left out"], rows))
     chosen = [
         [r["scorer"], _sigma(r["sigma"]), f"{r['threshold']:g}"]
-        for r in tree["results"]
+        for r in _as_asked(tree["results"])
         if r["column"] == "pickscore_official"
     ]
     if chosen:

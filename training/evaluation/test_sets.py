@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ COLUMNS = {
     "hpdv3": ("hpdv3",),
     "pairs": ("pairs",),
 }
+
+SWAPPED = 2000  # rankings of a test set whose prompts are swapped
 
 
 class BenchmarkError(RuntimeError):
@@ -150,6 +153,18 @@ def drop_unscored(
                     ranking.source, "a single picture of its prompt", ranking.rows - len(lost)
                 )
     return kept
+
+
+def with_other_prompts(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """The same pictures and ranks, each prompt changed for the next of its length, SWAPPED rankings at most,
+    spread evenly; [] where there is but one prompt.
+    """
+    some = rankings[:: max(1, math.ceil(len(rankings) / SWAPPED))]
+    prompts = sorted({ranking.prompt for ranking in some}, key=lambda prompt: (len(prompt), prompt))
+    if len(prompts) < 2:
+        return []
+    other = dict(zip(prompts, [*prompts[1:], prompts[0]], strict=True))
+    return [dataclasses.replace(ranking, prompt=other[ranking.prompt]) for ranking in some]
 
 
 def _without(ranking: Ranking, why: Sequence[str | None]) -> Ranking:
