@@ -71,16 +71,12 @@ def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
     if mm.is_device_cpu(device):
-        return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+        from ..drm.precision import computes_bfloat16
+
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if mm.should_use_bf16(device):
         return torch.bfloat16
     return torch.float16 if mm.should_use_fp16(device) else torch.float32
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; where it only emulates it, float32 is faster."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def latent_tensor(latent: dict, what: str = "the LATENT") -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from drm.precision import computes_bfloat16
 from training.engine.atomic import replace_atomically
 from training.engine.steps import Run, adamw
 
@@ -59,7 +60,8 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 
 def in_bfloat16(where: torch.device) -> torch.autocast:
-    return torch.autocast(where.type, torch.bfloat16)
+    """bfloat16 where the device computes it natively; otherwise float32 throughout."""
+    return torch.autocast(where.type, torch.bfloat16, enabled=computes_bfloat16(where))
 
 
 def planned(folder: Path, minutes: float, step: Callable[[int], None]) -> int:

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from drm.precision import computes_bfloat16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -63,7 +65,7 @@ def save_atomically(state: dict, path: Path) -> None:
 
 def bfloat16_autocast(device: torch.device | str) -> contextlib.AbstractContextManager:
     """bfloat16 where the device computes it natively; otherwise float32 throughout."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
 
 
 def train(
