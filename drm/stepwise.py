@@ -45,6 +45,7 @@ def sample_stepwise(
     reimpose: Reimpose | None = None,
     chunk_size: int | None = None,
     callback: Callable[[dict], object] | None = None,
+    on_fork: Callable[[int, Callable, Tensor, list[int]], object] | None = None,
     interrupt: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     **named: object,
@@ -65,7 +66,10 @@ def sample_stepwise(
     chunk_size: most candidates a scorer call gets. By default each item's k go in one call of their own, 16
         at most, so that a score never depends on the rest of the batch.
     callback: called once a step with a dict of step, steps, x and denoised (tensors), sigma, sigma_next
-        (floats), scores ((B, k) or None). interrupt: called before every scorer call; it raises to cancel.
+        (floats), scores ((B, k) or None). on_fork: for who would look at those not chosen, called at every
+        step that scored with the step, candidate(j) -> the j-th candidate of every item (B, C, H, W) at
+        sigma_next, scores (B, k) and winner (B,).
+    interrupt: called before every scorer call; it raises to cancel.
     clock: what `seconds` is measured with.
 
     Returns the latents and the Trace. Raises ValueError for bad settings, latents, sigmas or scores.
@@ -101,7 +105,10 @@ def sample_stepwise(
                 scores = _scores(drawn, k, score, levels[step + 1], reimpose, chunk_size, interrupt)
                 winner = choose(scores, run, step, item_ids).tolist()
                 scored += scores.numel()
-            x = _masked(drawn.state(torch.tensor(winner, device=x.device)), sigma_next, reimpose)
+            candidate = _candidate(drawn, x, sigma_next, reimpose)
+            if on_fork is not None and scores is not None:
+                on_fork(step, candidate, scores, winner)
+            x = candidate(winner)
         budget.scored(k)
         rows = None if scores is None else scores.tolist()
         trace.steps.append(TraceStep(levels[step], levels[step + 1], rows, winner))
@@ -140,6 +147,18 @@ def _draw(
         noise_scale=run.noise_scale,
         dtype=dtype,
     )
+
+
+def _candidate(
+    drawn: Candidates, x: Tensor, sigma_next: Tensor, reimpose: Reimpose | None
+) -> Callable[[int | list[int]], Tensor]:
+    """What gives the j-th candidate of every item of x, or to each item its own j, (B, C, H, W)."""
+
+    def candidate(j: int | list[int]) -> Tensor:
+        places = torch.tensor(j, device=x.device).expand(len(x))
+        return _masked(drawn.state(places), sigma_next, reimpose)
+
+    return candidate
 
 
 def _calls(k: int, chunk_size: int | None) -> int:

@@ -1,7 +1,7 @@
 """What a step-wise run did, step by step, and what it spent: plain numbers that survive JSON unchanged."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from .presets import Branching
 
@@ -23,17 +23,20 @@ class Trace:
     """What a run did. spent: {"denoise": calls of the policy, "scored": candidates, "seconds": all of it};
     with a head on the policy's own network also "trunk": what scoring walked of it, in passes of one picture,
     and "reused": what of that the policy needed not walk again.
-    to_json and from_json are exact inverses.
+    forks: what a caller of sample_stepwise keeps of the candidates, for pictures; not in the JSON.
+    to_json and from_json are exact inverses but for that.
     """
 
     settings: Branching
     item_ids: list[int]
     steps: list[TraceStep] = field(default_factory=list)
     spent: dict | None = None
+    forks: list = field(default_factory=list, compare=False, repr=False)
 
     def to_json(self) -> str:
         """One flat object, the settings beside the rest."""
-        tree = asdict(self)
+        tree = asdict(replace(self, forks=[]))
+        del tree["forks"]
         return json.dumps(tree.pop("settings") | tree, allow_nan=False)
 
     @classmethod

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders, pick_routes, trace_metadata
 from .demo_clip import DRMDemoCLIPLoader
+from .film import DRMFilmStrip
 from .head_trainer import DRMHeadTrainer
 from .loader import DRMLoader
 from .pick import DRMPick
@@ -29,6 +30,7 @@ class DRMExtension(ComfyExtension):
             StepwiseSampler,
             DRMSearch,
             DRMTracePlot,
+            DRMFilmStrip,
             DRMDemoCLIPLoader,
             StepGRPOLoRATrainer,
             DRMPick,

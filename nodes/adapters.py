@@ -127,6 +127,13 @@ def stream_ids(latent: dict) -> list[int]:
     return [int(i) for i in latent.get("batch_index", range(len(latent["samples"])))]
 
 
+def check_picture(picture: int, batch: int) -> int:
+    """The place in the batch of a picture counted from 1. Raises ValueError when there is none."""
+    if not 1 <= picture <= batch:
+        raise ValueError(f"picture is {picture}: this run drew {batch}, give a number from 1 to {batch}")
+    return picture - 1
+
+
 def model_latents(
     samples: Tensor,
     leftover_sigma: float | None = None,

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from . import adapters, folders
+from .schema import found_by
 
 DRMModel = io.Custom("DRM_MODEL")
 KIND = "drm"
@@ -15,8 +16,9 @@ class DRMLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DRMLoader",
-            display_name="DRM Loader",
+            display_name="DRM Loader (reward model)",
             category="DRM",
+            **found_by("reward", "score", "aesthetic", "preference"),
             description="Loads a diffusion reward model (DRM), which scores noisy latents against a prompt.",
             inputs=[
                 io.Combo.Input(

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from .adapters import check_choice
+from .adapters import check_choice, check_picture
+from .schema import found_by
 from .trace_picture import RAW, RELATIVE, draw_trace
 from .traces import DRMTrace, find_trace
 
@@ -16,29 +17,36 @@ class DRMTracePlot(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DRMTracePlot",
-            display_name="DRM Trace Plot",
+            display_name="DRM Trace Plot (scores by step)",
             category="DRM",
+            **found_by("score", "branch", "graph", "chart"),
             description="Plots the score of every candidate by step, with the chosen path drawn through "
             "them.",
             inputs=[
                 DRMTrace.Input(
                     "trace", tooltip="From Step-wise KSampler, or from Step-wise Sampler with its LATENT."
                 ),
-                io.Int.Input(
-                    "item", default=0, min=0, max=4095, tooltip="Which picture of the batch, counted from 0."
-                ),
                 io.Combo.Input(
                     "scores",
-                    options=[RAW, RELATIVE],
-                    default=RAW,
-                    tooltip="as given: the DRM's scores; they drift with sigma. above the step's mean: how"
-                    " much the choice gained at each step.",
+                    options=[RELATIVE, RAW],
+                    default=RELATIVE,
+                    tooltip="above the step's mean: how much the choice gained at each step. as given: scores"
+                    " at two sigmas do not compare, so each step has a scale of its own, with its highest and"
+                    " lowest score written there.",
                 ),
                 io.Int.Input(
                     "width", default=768, min=256, max=4096, tooltip="Width of the picture in pixels."
                 ),
                 io.Int.Input(
                     "height", default=432, min=160, max=4096, tooltip="Height of the picture in pixels."
+                ),
+                io.Int.Input(
+                    "picture",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    tooltip="Which picture of the batch, counted from 1.",
                 ),
                 io.Latent.Input(
                     "latent",
@@ -53,9 +61,17 @@ class DRMTracePlot(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, trace: object, item: int, scores: str, width: int, height: int, latent: dict | None = None
+        cls,
+        trace: object,
+        scores: str,
+        width: int,
+        height: int,
+        picture: int = 1,
+        latent: dict | None = None,
     ) -> io.NodeOutput:
         check_choice("scores", scores, [RAW, RELATIVE])
-        picture = draw_trace(find_trace(trace, latent), item, scores == RELATIVE, (width, height))
-        image = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).unsqueeze(0)
+        found = find_trace(trace, latent)
+        item = check_picture(picture, len(found.item_ids))
+        drawn = draw_trace(found, item, scores == RELATIVE, (width, height))
+        image = torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255).unsqueeze(0)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -1,5 +1,7 @@
 """Step-wise KSampler and Step-wise Sampler: nodes in the shape of ComfyUI's own around step_loop.py."""
 
+from typing import Any
+
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
@@ -7,11 +9,13 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
-from ..drm.presets import PRESETS
+from ..drm.presets import PRESETS, Branching
 from ..drm.sde import KINDS
 from ..drm.trace import Trace
 from . import adapters
+from .forks import MOST_FORKS, check_film_strip
 from .loader import DRMModel
+from .schema import found_by, rare
 from .search import DRMSearchType
 from .step_loop import MAX_BRANCHES, branching_of, check, sample_with_drm
 from .traces import DRMTrace, TraceLog
@@ -20,31 +24,24 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def branching_inputs() -> list[io.Input]:
-    """The inputs both nodes share."""
+    """The inputs both nodes share, optional so that graphs of any age run; the preset leads what it hides."""
     return [
+        io.Combo.Input(
+            "preset",
+            options=["custom", *PRESETS],
+            default="balanced",
+            optional=True,
+            tooltip=f"Measured settings in place of the widgets that they hide. {preset_words()}. custom: as"
+            " set here, with the DRM Search connected.",
+        ),
         io.Int.Input(
             "num_branches",
             default=4,
             min=1,
             max=MAX_BRANCHES,
+            optional=True,
             tooltip="Candidates drawn and scored at every step (k in the paper); the best one continues. Each"
             " costs one pass of the DRM. 1 scores nothing.",
-        ),
-        io.Float.Input(
-            "noise_level",
-            default=0.7,
-            min=0.0,
-            max=2.0,
-            step=0.01,
-            tooltip="How far the candidates differ. 0.7 is usual; cps takes at most 1. With 1 branch, 0 is "
-            "plain Euler.",
-        ),
-        io.Combo.Input(
-            "kind",
-            options=list(KINDS),
-            default="sde",
-            tooltip="sde: the stochastic step of Flow-GRPO. cps: coefficient-preserving, leaves no residual"
-            " noise and draws smoother pictures.",
         ),
         io.Float.Input(
             "branch_start",
@@ -52,6 +49,7 @@ def branching_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
+            optional=True,
             tooltip="Branching begins after this part of the steps. Steps before it are plain Euler steps.",
         ),
         io.Float.Input(
@@ -60,22 +58,28 @@ def branching_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
+            optional=True,
             tooltip="Branching ends after this part of the steps. Steps after it are plain Euler steps, and"
             " cost no scoring; the last step never branches.",
         ),
-    ]
-
-
-def spending_inputs() -> list[io.Input]:
-    """The inputs both nodes share that came later: last and optional, so that older graphs stay valid."""
-    return [
-        io.Combo.Input(
-            "preset",
-            options=["custom", *PRESETS],
-            default="balanced",
+        io.Float.Input(
+            "noise_level",
+            default=0.7,
+            min=0.0,
+            max=2.0,
+            step=0.01,
             optional=True,
-            tooltip="fast, balanced, thorough: measured settings in place of num_branches, branch_start, "
-            "branch_end and the search. custom: as set here, with the DRM Search connected to it.",
+            tooltip="How far the candidates differ. 0.7 is usual; cps takes at most 1. With 1 branch, 0 is "
+            "plain Euler.",
+        ),
+        io.Combo.Input(
+            "kind",
+            options=list(KINDS),
+            default="sde",
+            optional=True,
+            tooltip="sde: the stochastic step of Flow-GRPO. cps: coefficient-preserving, leaves no residual"
+            " noise and draws smoother pictures.",
+            **rare(io.Combo.Input),
         ),
         io.Float.Input(
             "seconds",
@@ -86,9 +90,27 @@ def spending_inputs() -> list[io.Input]:
             optional=True,
             tooltip="Time the sampling may take: once a step was measured, each draws as many candidates "
             "as still leave the model its time. 0: no limit.",
+            **rare(io.Float.Input),
+        ),
+        io.Int.Input(
+            "film_strip",
+            default=0,
+            min=0,
+            max=MOST_FORKS,
+            optional=True,
+            tooltip="Steps at which what each candidate would become is kept for DRM Film Strip. Each costs"
+            " one more pass of the model a candidate. 0: none.",
         ),
         DRMSearchType.Input("search", optional=True, tooltip="From DRM Search, for preset custom."),
     ]
+
+
+def preset_words() -> str:
+    """What each preset stands for, in a sentence."""
+    return "; ".join(
+        f"{name}: {run.num_branches} branches, steps from {run.start:.0%} to {run.end:.0%}"
+        for name, run in ((name, Branching(preset=name).chosen()) for name in PRESETS)
+    )
 
 
 class StepwiseKSampler(io.ComfyNode):
@@ -98,8 +120,9 @@ class StepwiseKSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="StepwiseKSampler",
-            display_name="Step-wise KSampler",
+            display_name="Step-wise KSampler (DRM reward-guided)",
             category="DRM",
+            **found_by("reward", "best of", "branch", "score", "guidance", "euler", "KSampler"),
             description="KSampler (euler) that draws several candidates at every step and continues with the "
             "one the "
             "DRM scores best. The trace is also saved in the metadata of the pictures, as drm_trace.",
@@ -155,7 +178,6 @@ class StepwiseKSampler(io.ComfyNode):
                     tooltip="Less than 1 keeps the structure of the input latent (image to image).",
                 ),
                 *branching_inputs(),
-                *spending_inputs(),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent."),
@@ -178,26 +200,10 @@ class StepwiseKSampler(io.ComfyNode):
         negative: list,
         latent_image: dict,
         denoise: float,
-        num_branches: int,
-        noise_level: float,
-        kind: str,
-        branch_start: float,
-        branch_end: float,
-        preset: str = "custom",
-        seconds: float = 0.0,
-        search: dict | None = None,
+        film_strip: int = 0,
+        **branch: Any,
     ) -> io.NodeOutput:
-        branching = branching_of(
-            num_branches=num_branches,
-            noise_level=noise_level,
-            kind=kind,
-            branch_start=branch_start,
-            branch_end=branch_end,
-            seed=seed,
-            preset=preset,
-            seconds=seconds,
-            search=search,
-        )
+        branching = branching_of(seed=seed, **branch)
         adapters.check_choice("scheduler", scheduler, comfy.samplers.SCHEDULER_NAMES)
         samples = comfy.sample.fix_empty_latent_channels(
             model, adapters.latent_tensor(latent_image, "latent_image")
@@ -218,6 +224,7 @@ class StepwiseKSampler(io.ComfyNode):
                 "branching": branching,
                 "on_trace": lambda trace, _: traces.append(trace),
                 "item_ids": item_ids,
+                "film_strip": check_film_strip(film_strip),
             },
         )
         both = model.clone()
@@ -247,8 +254,9 @@ class StepwiseSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="StepwiseSampler",
-            display_name="Step-wise Sampler",
+            display_name="Step-wise Sampler (DRM branches)",
             category="DRM",
+            **found_by("reward", "best of", "branch", "score", "SamplerCustomAdvanced"),
             description="Step-wise Sampling as a SAMPLER for SamplerCustomAdvanced. To plot its trace,"
             " connect the TRACE and the sampled LATENT to DRM Trace Plot.",
             inputs=[
@@ -259,7 +267,6 @@ class StepwiseSampler(io.ComfyNode):
                     "positive",
                     tooltip="The prompt the DRM scores against; the guider's positive prompt as a rule.",
                 ),
-                *branching_inputs(),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -269,7 +276,7 @@ class StepwiseSampler(io.ComfyNode):
                     tooltip="Seed of the candidates' noise. The starting noise comes from the NOISE of the"
                     " sampling node; with the same seed there, the picture is that of Step-wise KSampler.",
                 ),
-                *spending_inputs(),
+                *branching_inputs(),
             ],
             outputs=[
                 io.Sampler.Output("sampler", display_name="SAMPLER", tooltip="For SamplerCustomAdvanced."),
@@ -289,27 +296,17 @@ class StepwiseSampler(io.ComfyNode):
         cls,
         drm: comfy.model_patcher.ModelPatcher,
         positive: list,
-        num_branches: int,
-        noise_level: float,
-        kind: str,
-        branch_start: float,
-        branch_end: float,
         seed: int,
-        preset: str = "custom",
-        seconds: float = 0.0,
-        search: dict | None = None,
+        film_strip: int = 0,
+        **branch: Any,
     ) -> io.NodeOutput:
-        branching = branching_of(
-            num_branches=num_branches,
-            noise_level=noise_level,
-            kind=kind,
-            branch_start=branch_start,
-            branch_end=branch_end,
-            seed=seed,
-            preset=preset,
-            seconds=seconds,
-            search=search,
-        )
+        branching = branching_of(seed=seed, **branch)
         log = TraceLog()
-        options = {"drm": drm, "positive": positive, "branching": branching, "on_trace": log.add}
+        options = {
+            "drm": drm,
+            "positive": positive,
+            "branching": branching,
+            "on_trace": log.add,
+            "film_strip": check_film_strip(film_strip),
+        }
         return io.NodeOutput(comfy.samplers.KSAMPLER(sample_with_drm, options), log)

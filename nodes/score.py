@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import adapters, trunk
 from .loader import DRMModel
+from .schema import found_by
 
 FINISHED, LEFTOVER = "finished picture", "leftover noise"
 CHUNK = 16
@@ -73,8 +74,9 @@ class DRMScoreLatent(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DRMScoreLatent",
-            display_name="DRM Score Latent",
+            display_name="DRM Score Latent (rank, best of)",
             category="DRM",
+            **found_by("reward", "score", "rank", "best of", "aesthetic", "sort"),
             description="Scores every picture of a LATENT batch against the prompt and ranks them, without "
             "decoding.",
             inputs=[

@@ -6,6 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..drm.presets import CHOICES
+from .schema import found_by
 
 DRMSearchType = io.Custom("DRM_SEARCH")
 # Inputs that older graphs may have, and the values at which they did nothing.
@@ -30,6 +31,7 @@ class DRMSearch(io.ComfyNode):
             node_id="DRMSearch",
             display_name="DRM Search",
             category="DRM",
+            **found_by("branch", "stride", "softmax", "greedy"),
             description="How a step-wise sampler with preset custom chooses, and at how many of its steps.",
             inputs=[
                 io.Combo.Input(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..drm.presets import PRESETS, Branching
 from ..drm.sde import KINDS
 from . import adapters, reuse, trace_metadata, trunk
+from .forks import ForkKeeper, fork_steps
 from .traces import trace_to_dict
 
 MAX_BRANCHES = 1024
@@ -25,17 +26,17 @@ MAX_BRANCHES = 1024
 
 def branching_of(
     *,
-    num_branches: int,
-    noise_level: float,
-    kind: str,
-    branch_start: float,
-    branch_end: float,
     seed: int,
-    preset: str,
-    seconds: float,
-    search: dict | None,
+    num_branches: int = 4,
+    noise_level: float = 0.7,
+    kind: str = "sde",
+    branch_start: float = 0.0,
+    branch_end: float = 1.0,
+    preset: str = "custom",
+    seconds: float = 0.0,
+    search: dict | None = None,
 ) -> Branching:
-    """The settings that the shared inputs ask for.
+    """The settings that the shared inputs ask for; the defaults are those of graphs that lack an input.
 
     Raises ValueError for what makes no sense: a linked value escapes the limits of its widget.
     """
@@ -102,6 +103,13 @@ class KeptRegion:
         """A candidate, of x's shape, at sigma_next with the kept region in place."""
         return torch.where(self.kept, self.x + self.velocity * (sigma_next - self.sigma), candidate)
 
+    def unframed(self, framed: Callable[[Tensor], Tensor]) -> tuple[Callable, Callable]:
+        """denoise and reimpose for latents (B, C, H, W)."""
+        return (
+            lambda x, sigma: adapters.without_frames(self.denoise(framed(x), sigma)),
+            lambda x, sigma_next: adapters.without_frames(self.reimpose(framed(x), sigma_next)),
+        )
+
 
 def check(
     model: comfy.model_patcher.ModelPatcher,
@@ -130,11 +138,12 @@ def sample_with_drm(
     branching: Branching,
     on_trace: Callable,
     item_ids: list[int] | None = None,
+    film_strip: int = 0,
 ) -> Tensor:
     """A k-diffusion style sampler function around drm.stepwise.sample_stepwise.
 
     x: (B, C, H, W), or (B, C, 1, H, W) of models that have videos too. on_trace(trace, samples): called at
-    the end, with the samples as the LATENT will hold them.
+    the end, with the samples as the LATENT will hold them. film_strip: forks to keep for DRM Film Strip.
     """
     from ..drm.stepwise import sample_stepwise
 
@@ -153,18 +162,21 @@ def sample_with_drm(
     if extra_args.get("denoise_mask") is not None and not settings.chosen().is_quiet():
         masked = KeptRegion(model, sigmas, extra_args)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        x = framed(x)
-        if masked is not None:
-            return adapters.without_frames(masked.denoise(x, sigma))
-        return adapters.without_frames(model(x, sigma * x.new_ones([x.shape[0]]), **extra_args))
+    def plain(x: Tensor, sigma: Tensor) -> Tensor:
+        return adapters.without_frames(model(framed(x), sigma * x.new_ones([x.shape[0]]), **extra_args))
 
+    denoise, reimpose = plain, None
+    if masked is not None:
+        denoise, reimpose = masked.unframed(framed)
     reused = None
     if adapters.is_shared(drm) and extra_args.get("denoise_mask") is None:
         denoise = reused = reuse.Reuse(scorer.tokens, guider, denoise)
-
-    def reimpose(candidate: Tensor, sigma_next: Tensor) -> Tensor:
-        return adapters.without_frames(masked.reimpose(framed(candidate), sigma_next))
+    keeper = ForkKeeper(
+        fork_steps(settings.chosen().plan(sigmas.tolist()), film_strip),
+        sigmas,
+        plain,
+        lambda x0: base.process_latent_out(framed(x0)),
+    )
 
     latents, trace = sample_stepwise(
         denoise,
@@ -173,10 +185,12 @@ def sample_with_drm(
         sigmas,
         settings=settings,
         item_ids=item_ids,
-        reimpose=None if masked is None else reimpose,
+        reimpose=reimpose,
         callback=lambda step: _report(step, callback, framed),
+        on_fork=keeper,
         interrupt=mm.throw_exception_if_processing_interrupted,
     )
+    trace.forks = keeper.forks
     if adapters.is_shared(drm) and trace.spent is not None:
         share = trunk.share_of_pass(base, drm.model.trunk.taps[-1])
         trace.spent["trunk"] = round(share * scorer.walked, 3)

@@ -1,8 +1,9 @@
 """A trace as a picture, drawn with Pillow alone, which ComfyUI brings along.
 
 One dot a candidate, steps from left to right, sigma_next below; the winners joined by a line. Steps that
-scored nothing are shaded and the line crosses them thinly. Drawn at twice the size and scaled down, which
-smooths edges and letters.
+scored nothing are shaded and the line crosses them thinly. Scores at two sigmas do not compare: they share an
+axis only as distances from their step's mean, and as given each step fills the height with its own range.
+Drawn at twice the size and scaled down, which smooths edges and letters.
 """
 
 import math
@@ -23,10 +24,11 @@ UNSCORED, CROSSING = "#f6f6f6", "#e8a4ad"
 
 @dataclass(frozen=True)
 class Row:
-    """One step of one picture: its scores, and who won."""
+    """One step of one picture: who won, and its scores, as they are drawn and as the DRM gave them."""
 
     scores: list[float]
     winner: int
+    given: list[float]
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,18 @@ class Axes:
 
 
 def item_rows(trace: "Trace", item: int, relative: bool) -> list[Row | None]:
-    """Every step of one batch item, None where nothing was scored for it; relative: to the step's mean."""
-    batch = len(trace.item_ids)
-    if not 0 <= item < batch:
-        raise ValueError(
-            f"item is {item}: the trace holds {batch} picture(s), give a number from 0 to {batch - 1}"
-        )
+    """Every step of one batch item, None where nothing was scored for it. relative: scores less their step's
+    mean; else from 0, the step's lowest, to 1, its highest.
+    """
     rows: list[Row | None] = []
     for step in trace.steps:
-        scores = step.scores[item] if step.scores is not None else []
-        if not scores:
+        given = step.scores[item] if step.scores is not None else []
+        if not given:
             rows.append(None)
             continue
-        zero = sum(scores) / len(scores) if relative else 0.0
-        rows.append(Row([score - zero for score in scores], step.winner[item]))
+        zero, unit = (sum(given) / len(given), 1.0) if relative else (min(given), max(given) - min(given))
+        drawn = [(score - zero) / unit if unit else 0.5 for score in given]
+        rows.append(Row(drawn, step.winner[item], given))
     return rows
 
 
@@ -76,33 +76,38 @@ def draw_trace(
     draw = ImageDraw.Draw(picture)
     unit = min(width / 768, height / 432)
     font = ImageFont.load_default(size=13.5 * unit)
-    draw.text((16 * unit, 12 * unit), _title(trace, item, relative), INK, font=font)
+    draw.text((16 * unit, 10 * unit), _title(trace, item, relative), INK, font=font)
     flat = [score for row in rows if row is not None for score in row.scores]
     if not flat:
         message = "No step branched: there are no scores to plot."
         draw.text((width / 2, height / 2), message, INK, font=font, anchor="mm")
         return picture.resize(size, Image.Resampling.LANCZOS)
-    margin = 0.08 * (max(flat) - min(flat)) or 0.5
+    margin = (0.08 if relative else 0.16) * (max(flat) - min(flat)) or 0.5
     axes = Axes(
         left=72 * unit,
-        top=44 * unit,
+        top=68 * unit,
         right=width - 20 * unit,
         bottom=height - 54 * unit,
         steps=len(rows),
         low=min(flat) - margin,
         high=max(flat) + margin,
     )
+    _draw_legend(draw, unit, font, shaded=None in rows)
     _shade_unscored(draw, axes, rows)
-    _draw_grid(draw, axes, trace, unit, font)
+    _draw_steps(draw, axes, trace, unit, font)
+    if relative:
+        _draw_ticks(draw, axes, unit, font)
+    else:
+        _write_ranges(draw, axes, rows, unit, font)
     _draw_scores(draw, axes, rows, unit)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _title(trace: "Trace", item: int, relative: bool) -> str:
-    what = "DRM score of each candidate" + (", above its step's mean" if relative else "")
+    what = "DRM score above the step's mean" if relative else "DRM score, each step on its own scale"
     run, preset = trace.settings.chosen(), trace.settings.preset
     return (
-        f"{what}   |   picture {trace.item_ids[item]}, seed {run.seed}, {run.num_branches} branches,"
+        f"{what}   |   picture {item + 1}, seed {run.seed}, {run.num_branches} branches,"
         f" {run.kind} {run.noise_level:g}" + ("" if preset == "custom" else f", {preset}")
     )
 
@@ -115,14 +120,49 @@ def round_ticks(low: float, high: float, wanted: int = 6) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _draw_grid(
-    draw: ImageDraw.ImageDraw, axes: Axes, trace: "Trace", unit: float, font: ImageFont.FreeTypeFont
-) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, unit: float, font: ImageFont.FreeTypeFont, shaded: bool) -> None:
+    x, y = 22 * unit, 44 * unit
+    entries = [(CHOSEN, "chosen"), (CANDIDATE, "drawn and left")] + [("#dddddd", "not scored")] * shaded
+    for colour, words in entries:
+        draw.ellipse([x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit], fill=colour)
+        draw.text((x + 11 * unit, y), words, INK, font=font, anchor="lm")
+        x += 34 * unit + draw.textlength(words, font=font)
+
+
+def _draw_ticks(draw: ImageDraw.ImageDraw, axes: Axes, unit: float, font: ImageFont.FreeTypeFont) -> None:
     for value in round_ticks(axes.low, axes.high):
         y = axes.y(value)
         draw.line([(axes.left, y), (axes.right, y)], GRID, width=round(unit))
         draw.text((axes.left - 8 * unit, y), f"{value:.4g}", INK, font=font, anchor="rm")
-    every = math.ceil(axes.steps / max(1, (axes.right - axes.left) / (42 * unit)))
+
+
+def _write_ranges(
+    draw: ImageDraw.ImageDraw, axes: Axes, rows: list[Row | None], unit: float, font: ImageFont.FreeTypeFont
+) -> None:
+    """Each step's highest and lowest score, where there is room for them."""
+    for end, anchor, score_of in ((axes.high, "mt", max), (axes.low, "mb", min)):
+        draw.text(
+            (axes.left - 8 * unit, axes.y(end)),
+            "highest" if score_of is max else "lowest",
+            INK,
+            font=font,
+            anchor=anchor.replace("m", "r", 1),
+        )
+        for i, row in enumerate(rows):
+            if row is not None and i % _every(axes, unit) == 0:
+                words = f"{score_of(row.given):.2f}"
+                draw.text((axes.x(i), axes.y(end)), words, INK, font=font, anchor=anchor)
+
+
+def _every(axes: Axes, unit: float) -> int:
+    """Of how many steps one has room for a label."""
+    return math.ceil(axes.steps / max(1, (axes.right - axes.left) / (42 * unit)))
+
+
+def _draw_steps(
+    draw: ImageDraw.ImageDraw, axes: Axes, trace: "Trace", unit: float, font: ImageFont.FreeTypeFont
+) -> None:
+    every = _every(axes, unit)
     for i, step in enumerate(trace.steps):
         if i % every == 0:
             draw.text((axes.x(i), axes.bottom + 8 * unit), str(i + 1), INK, font=font, anchor="mt")

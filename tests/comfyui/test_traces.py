@@ -101,7 +101,16 @@ def test_scores_above_the_mean(inside, drawn):
     item_rows = inside.pack.module("nodes.trace_picture").item_rows
     for row in item_rows(drawn[1], 0, True)[:-1]:
         assert sum(row.scores) == pytest.approx(0, abs=1e-6)
+        assert row.scores[0] - row.scores[1] == pytest.approx(row.given[0] - row.given[1])
     assert item_rows(drawn[1], 0, False)[-1] is None
+
+
+def test_scores_as_given_have_a_scale_a_step(inside, drawn):
+    item_rows = inside.pack.module("nodes.trace_picture").item_rows
+    for row, step in zip(item_rows(drawn[1], 1, False)[:-1], drawn[1].steps, strict=False):
+        assert (min(row.scores), max(row.scores)) == (0.0, 1.0)
+        assert row.given == step.scores[1]
+        assert row.scores[row.winner] == 1.0
 
 
 def test_a_trace_survives_json_and_an_older_one_is_read(inside, drawn):
@@ -147,8 +156,10 @@ def test_a_run_without_branching_says_so(inside, settings):
 
 
 def test_an_item_that_is_not_there_is_refused(inside, drawn):
-    with pytest.raises(ValueError, match=r"item is 2: the trace holds 2 picture"):
-        inside.pack.module("nodes.trace_picture").draw_trace(drawn[1], 2)
+    execute = inside.pack.module("nodes.plot").DRMTracePlot.execute
+    for picture in (0, 3):
+        with pytest.raises(ValueError, match=rf"picture is {picture}: this run drew 2, give a number from 1"):
+            execute(trace=drawn[1], scores="as given", width=400, height=240, picture=picture)
 
 
 def test_signatures_follow_links_and_ignore_numbers(inside):
