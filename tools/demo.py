@@ -1,7 +1,7 @@
 """`make demo`: the bundled graph, then plain sampling beside Step-wise Sampling at k = 1, 2, 4, 6, in a real
 ComfyUI.
 
-Starts the server, sends workflows/stepwise_sampling.json to it with comfy-cli as a user would, then samples a
+Starts the server, sends workflows/Reward-guided text to image.json to it with comfy-cli as a user would, then samples a
 handful of prompts with the same seeds in every way, and leaves
     output/demo/comparison.png   one row a prompt, one column a way of sampling, with the scores of the
     picture shown output/demo/report.json      {"rows": [{"k", "time_ratio", "drm", "judge"}, ...], ...} over
@@ -122,7 +122,7 @@ def run_bundled_graph(server: ComfyServer) -> None:
             "--skip-prompt",
             "run",
             "--workflow",
-            ROOT / "workflows" / "stepwise_sampling.json",
+            ROOT / "workflows" / "Reward-guided text to image.json",
             "--wait",
         ]
         command += ["--host", "127.0.0.1", "--port", str(server.port), "--timeout", "600"]
@@ -135,7 +135,7 @@ def run_bundled_graph(server: ComfyServer) -> None:
     for path in made:
         shutil.copy(path, OUT / "graph" / path.name)
     print(
-        f"workflows/stepwise_sampling.json ran and saved {len(made)} pictures -> {OUT / 'graph'}", flush=True
+        f"workflows/Reward-guided text to image.json ran and saved {len(made)} pictures -> {OUT / 'graph'}", flush=True
     )
 
 

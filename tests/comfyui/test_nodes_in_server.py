@@ -128,7 +128,7 @@ def test_graphs_are_offered_as_templates(server):
         pytest.fail(str(error))
     graphs = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert set(templates["ComfyUI-DRM"]) == graphs
-    assert graphs == {"stepwise_sampling", "score_latents", "stepwise_custom_sampler", "step_grpo_finetune"}
+    assert graphs == {"Reward-guided text to image", "Score and rank latents", "Reward-guided custom sampler", "Fine-tune with Step-GRPO"}
 
 
 STARTUP = """

@@ -165,7 +165,7 @@ def old_graph(name):
 
 @pytest.mark.parametrize(
     ("name", "node_type"),
-    [("stepwise_sampling", "StepwiseKSampler"), ("stepwise_custom_sampler", "StepwiseSampler")],
+    [("Reward-guided text to image", "StepwiseKSampler"), ("Reward-guided custom sampler", "StepwiseSampler")],
 )
 def test_an_older_graph_opens_with_its_old_meaning(page, name, node_type):
     report = page.open_workflow(old_graph(name), f"older_{name}")
@@ -176,7 +176,7 @@ def test_an_older_graph_opens_with_its_old_meaning(page, name, node_type):
 
 
 def test_an_older_search_keeps_what_is_left(page):
-    graph = json.loads((ROOT / "workflows" / "stepwise_sampling.json").read_text())
+    graph = json.loads((ROOT / "workflows" / "Reward-guided text to image.json").read_text())
     old = ["softmax", 0.25, 3, 0.5, 7, 2, 0.9, 0.1, True, 0.5, 0.1]
     ids = max(entry["id"] for entry in graph["nodes"]) + 1
     graph["nodes"].append(

@@ -26,7 +26,7 @@ LINE = rf"iteration \d+ of {ITERATIONS}, reward {NUMBER}, KL {NUMBER}, held-out 
 
 
 def long_training():
-    graph = json.loads((ROOT / "workflows" / "step_grpo_finetune.json").read_text())
+    graph = json.loads((ROOT / "workflows" / "Fine-tune with Step-GRPO.json").read_text())
     (trainer,) = [node for node in graph["nodes"] if node["type"] == "StepGRPOLoRATrainer"]
     values = trainer["widgets_values"]
     values[1:4], values[8] = [64, 64, 3], ITERATIONS

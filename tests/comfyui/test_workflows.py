@@ -13,10 +13,10 @@ from PIL import Image
 from tools.comfy_server import ROOT
 
 GRAPHS = {
-    "stepwise_sampling": {"drm/plain", "drm/stepwise"},
-    "score_latents": {"drm/best"},
-    "stepwise_custom_sampler": {"drm/custom"},
-    "step_grpo_finetune": {"drm/before_lora", "drm/after_lora"},
+    "Reward-guided text to image": {"drm/plain", "drm/stepwise"},
+    "Score and rank latents": {"drm/best"},
+    "Reward-guided custom sampler": {"drm/custom"},
+    "Fine-tune with Step-GRPO": {"drm/before_lora", "drm/after_lora"},
 }
 # A training takes minutes: here it is cut short, and it is run in full for its picture.
 SHORT = {"steps": 3, "iterations": 2}
@@ -123,7 +123,7 @@ def test_nodes_do_not_overlap(opened):
 
 
 def test_both_samplers_share_their_settings(page):
-    report = page.open_workflow(workflow("stepwise_sampling"))
+    report = page.open_workflow(workflow("Reward-guided text to image"))
     samplers = {entry["class_type"]: entry["inputs"] for entry in report.prompt.values()}
     plain, stepwise = samplers["KSampler"], samplers["StepwiseKSampler"]
     assert plain["sampler_name"] == "euler"
@@ -132,7 +132,7 @@ def test_both_samplers_share_their_settings(page):
     }
 
 
-@pytest.mark.parametrize("name", ["stepwise_sampling", "score_latents", "step_grpo_finetune"])
+@pytest.mark.parametrize("name", ["Reward-guided text to image", "Score and rank latents", "Fine-tune with Step-GRPO"])
 def test_a_note_says_how_to_use_sd35_medium(name):
     nodes = json.loads(workflow(name).read_text())["nodes"]
     (note,) = [node for node in nodes if node["type"] == "MarkdownNote"]
