@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.training.tiny_clip import LENGTH, write_tiny_clip
+from tests.tiny_clip import LENGTH, write_tiny_clip
 from training.evaluation.baselines import BaselineError, fingerprint, load_baseline
 
 
