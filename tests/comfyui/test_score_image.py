@@ -4,6 +4,7 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -302,7 +303,9 @@ def test_through_the_server(server, base_dir, tmp_path):
         [wanted[i] for i in order], abs=2e-4
     )
     saved = [Image.open(io.BytesIO(server.view(picture))).convert("RGB") for picture in result.images("6")]
-    assert [picture.tobytes() for picture in saved] == [[one, inverted, one][i].tobytes() for i in order[:2]]
+    for picture, i in zip(saved, order[:2], strict=True):  # Save Image cuts where the scorer rounds
+        off = np.asarray(picture, int) - np.asarray([one, inverted, one][i], int)
+        assert abs(off).max() <= 1
 
     none = server.run(picture_graph(name, threshold=999.0))
     assert none.status == "success", none.error
