@@ -11,6 +11,7 @@ from .pick import DRMPick
 from .plot import DRMTracePlot
 from .sampler import StepwiseKSampler, StepwiseSampler
 from .score import DRMScoreLatent
+from .score_image import DRMScoreImage
 from .search import DRMSearch
 from .trainer import StepGRPOLoRATrainer
 
@@ -26,6 +27,7 @@ class DRMExtension(ComfyExtension):
         return [
             DRMLoader,
             DRMScoreLatent,
+            DRMScoreImage,
             StepwiseKSampler,
             StepwiseSampler,
             DRMSearch,

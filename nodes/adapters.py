@@ -25,6 +25,7 @@ import comfy.sample
 import comfy.utils
 import folder_paths
 import torch
+from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ def check_choice(name: str, value: str, choices: list[str]) -> None:
         raise ValueError(f"{name} is '{value}': choose one of {', '.join(choices)}")
 
 
+def module_patcher(module: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """A network that only infers, in ComfyUI's memory management."""
+    module.requires_grad_(False).eval()
+    return patcher_class()(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
 def load_drm_patcher(kind: str, name: str, dtype: str) -> comfy.model_patcher.ModelPatcher:
     """A DRM file as a ModelPatcher around drm.model.DRM. Raises ValueError for a file that is no DRM."""
     path = folder_paths.get_full_path_or_raise(kind, name)
@@ -59,9 +66,7 @@ def drm_patcher(path: str | Path, dtype: torch.dtype) -> comfy.model_patcher.Mod
     """A file by its path, see `load_drm_patcher`."""
     from ..drm.checkpoint import load_drm
 
-    module = load_drm(path, device="cpu", dtype=dtype)
-    module.requires_grad_(False).eval()
-    return patcher_class()(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    return module_patcher(load_drm(path, device="cpu", dtype=dtype))
 
 
 def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
@@ -99,6 +104,30 @@ def latent_tensor(latent: dict, what: str = "the LATENT") -> Tensor:
             f"{what} holds NaN or infinity: look at the node that made it (a broken VAE or model)"
         )
     return samples
+
+
+def image_tensor(images: Tensor) -> Tensor:
+    """An IMAGE (B, H, W, 3), or (B, H, W, 4) with transparency, after the checks of nodes that score one."""
+    if images.ndim != 4 or images.shape[-1] not in (3, 4):
+        raise ValueError(
+            f"the IMAGE has shape {tuple(images.shape)}: wanted (batch, height, width, 3 or 4), pictures in"
+            " colour; convert it to RGB"
+        )
+    if images.numel() == 0:
+        raise ValueError(
+            f"the IMAGE is empty, its shape is {tuple(images.shape)}: give it at least one picture"
+        )
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError(
+            "the IMAGE holds NaN or infinity: look at the node that made it (a broken VAE or model)"
+        )
+    return images
+
+
+def pictures_of(images: Tensor) -> list[Image.Image]:
+    """The RGB pictures, 8 bits a channel, of an IMAGE (B, H, W, 3 or 4); transparency is left out."""
+    pixels = (255 * images[..., :3].float().nan_to_num().clamp(0, 1)).round().byte().cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def is_one_frame(samples: Tensor) -> bool:
@@ -418,3 +447,8 @@ def load_beside(guider: object, drm: comfy.model_patcher.ModelPatcher) -> None:
 def load_alone(drm: comfy.model_patcher.ModelPatcher) -> None:
     """Brings the DRM into memory outside of sampling."""
     mm.load_models_gpu([drm])
+
+
+def load_whole(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Brings a network of plain torch layers into memory outside of sampling; they cannot work in parts."""
+    mm.load_models_gpu([patcher], force_full_load=True)

@@ -1,6 +1,7 @@
-"""Where the pack's files are found: models/drm of ComfyUI and of this pack, and the shipped demo models.
+"""Where the pack's files are found: models/drm of ComfyUI and of this pack, and the shipped demo models; and
+models/drm_scorers, with one folder for each scorer of DRM Score Image.
 
-`extra_model_paths.yaml` may add more folders under the key `drm`, as for any other kind of model.
+`extra_model_paths.yaml` may add more under the keys `drm` and `drm_scorers`, as for any other kind of model.
 """
 
 import os
@@ -9,11 +10,13 @@ from pathlib import Path
 import folder_paths
 
 PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
+SCORERS = "drm_scorers"
 
 
 def register() -> None:
     """Adds the folders; the shipped checkpoint and text encoder then show up in ComfyUI's own loaders too."""
-    folder_paths.add_model_folder_path("drm", os.path.join(folder_paths.models_dir, "drm"))
+    for kind in ("drm", SCORERS):
+        folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
     for kind in ("drm", "checkpoints", "text_encoders"):
         folder_paths.add_model_folder_path(kind, str(PACK_MODELS / kind))
 
@@ -43,4 +46,24 @@ def check_file(kind: str, name: str) -> None:
     raise FileNotFoundError(
         f"there is no file '{name}' in models/{kind}: put it there and press R to refresh, or choose another"
         f" (found: {there})"
+    )
+
+
+def scorer_folders() -> dict[str, Path]:
+    """The folders of models/drm_scorers by name; of two with one name, the first."""
+    places = [Path(place) for place in folder_paths.get_folder_paths(SCORERS)]
+    found = [path for place in reversed(places) if place.is_dir() for path in place.iterdir()]
+    folders = {path.name: path for path in found if path.is_dir() and not path.name.startswith(".")}
+    return dict(sorted(folders.items()))
+
+
+def scorer_folder(name: str) -> Path:
+    """A folder of models/drm_scorers. Raises FileNotFoundError for one that is not there."""
+    folders = scorer_folders()
+    if name in folders:
+        return folders[name]
+    raise FileNotFoundError(
+        f"there is no folder '{name}' in models/{SCORERS}: put a PickScore or CLIP model there, all its files"
+        " in one folder (such as huggingface.co/yuvalkirstain/PickScore_v1), and press R to refresh, or"
+        f" choose another (found: {', '.join(folders) or 'none yet'})"
     )

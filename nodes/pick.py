@@ -9,7 +9,6 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image
 from torch import Tensor
 
 from . import adapters, trunk
@@ -196,8 +195,7 @@ def seed_of(graph: dict, node: str) -> int | None:
 
 def jpeg_of(image: Tensor) -> Tensor:
     """The bytes of a JPEG of an IMAGE's item (H, W, 3 or 4), not larger than a page shows it."""
-    pixels = (255 * image[..., :3].float().nan_to_num().clamp(0, 1)).round().byte().cpu().numpy()
-    picture, file = Image.fromarray(pixels), bytes_io.BytesIO()
+    (picture,), file = adapters.pictures_of(image[None]), bytes_io.BytesIO()
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     picture.save(file, "JPEG", quality=QUALITY)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)

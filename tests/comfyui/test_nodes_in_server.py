@@ -17,6 +17,11 @@ NODES = {
         ["drm", "latent", "positive", "sigma", "latent_is", "noise_draws", "seed", "model"],
         ["FLOAT", "STRING", "LATENT", "LATENT"],
     ),
+    "DRMScoreImage": (
+        "DRM Score Image (reward, rank, best of)",
+        ["scorer", "images", "prompt", "keep", "threshold"],
+        ["FLOAT", "STRING", "IMAGE", "IMAGE", "INT"],
+    ),
     "StepwiseKSampler": (
         "Step-wise KSampler",
         (
@@ -93,6 +98,8 @@ def test_every_input_and_output_has_a_tooltip(ours, node_id):
 def test_scores_are_a_list(ours):
     assert ours["DRMScoreLatent"]["output_is_list"] == [True, False, False, False]
     assert ours["DRMScoreLatent"]["output_name"] == ["scores", "ranks", "best", "sorted"]
+    assert ours["DRMScoreImage"]["output_is_list"] == [True, False, False, False, True]
+    assert ours["DRMScoreImage"]["output_name"] == ["scores", "ranks", "best", "sorted", "batch_index"]
 
 
 def test_sampler_offers_what_ksampler_offers(server, ours):

@@ -1,15 +1,12 @@
 """Baseline scorers: a CLIP folder gives transformers' own similarity; the rest says so in a line."""
 
-import json
 import shutil
 import sys
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from tests.training.tiny_clip import LENGTH, write_tiny_clip
+from tests.tiny_clip import own_similarity, write_tiny_clip
 from training.evaluation.baselines import BaselineError, fingerprint, load_baseline
 
 
@@ -23,39 +20,12 @@ def pictures():
     return [Image.merge("RGB", (gradient, gradient.rotate(90), gradient)), Image.new("RGB", (32, 32), "red")]
 
 
-def similarity(folder, prompt):
-    """exp(logit_scale) * cosine from the two towers, without the joint forward that the scorer calls."""
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPTextModel, CLIPVisionModel
-
-    weights = load_file(folder / "model.safetensors")
-    tokens = AutoTokenizer.from_pretrained(folder)(
-        [prompt], truncation=True, max_length=LENGTH, return_tensors="pt"
-    )
-    pixels = AutoImageProcessor.from_pretrained(folder)(pictures(), return_tensors="pt")
-    with torch.no_grad():
-        text = (
-            CLIPTextModel.from_pretrained(folder)(**tokens).pooler_output
-            @ weights["text_projection.weight"].T
-        )
-        image = CLIPVisionModel.from_pretrained(folder)(**pixels).pooler_output
-        image = image @ weights["visual_projection.weight"].T
-    cosine = torch.nn.functional.cosine_similarity(image, text, dim=-1)
-    return (weights["logit_scale"].exp() * cosine).tolist()
-
-
 @pytest.mark.parametrize("kind", ["clip", "pickscore"])
 @pytest.mark.parametrize("prompt", ["a red heart", "a cat and a dog " * 20])
 def test_clip_folder_gives_its_own_similarity(folder, kind, prompt):
     scores = load_baseline(f"{kind}:{folder}")(prompt, pictures())
-    assert scores == pytest.approx(similarity(folder, prompt), rel=1e-5)
+    assert scores == pytest.approx(own_similarity(folder, prompt, pictures()).tolist(), rel=1e-5)
     assert abs(scores[0] - scores[1]) > 1e-3
-
-
-def test_scores_depend_on_the_prompt_and_not_on_company(folder):
-    score = load_baseline(f"clip:{folder}")
-    both = score("a red heart", pictures())
-    assert score("a red heart", pictures()[1:]) == pytest.approx(both[1:], rel=1e-5)
-    assert score("blue sun", pictures()) != pytest.approx(both, rel=1e-3)
 
 
 def test_function_of_ones_own(tmp_path, monkeypatch):
@@ -80,29 +50,12 @@ def test_folders_that_are_no_baseline(folder, tmp_path):
             load_baseline(spec)
     with pytest.raises(BaselineError, match=r"no config\.json"):
         load_baseline(f"clip:{tmp_path}")
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    weights = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(BaselineError, match="cannot load a CLIP model from"):
-        load_baseline(f"clip:{broken}")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["visual_projection.weight"]
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaselineError, match=r"lack visual_projection\.weight"):
-        load_baseline(f"clip:{broken}")
     # Weights as a pickle are not even opened.
+    broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
-    with pytest.raises(BaselineError, match=r"holds no \.safetensors"):
-        load_baseline(f"clip:{broken}")
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    with pytest.raises(BaselineError, match="of type 'qwen2_vl'"):
-        load_baseline(f"pickscore:{broken}")
-    shutil.copy(folder / "config.json", broken / "config.json")
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        (broken / name).unlink(missing_ok=True)
-    with pytest.raises(BaselineError, match="laion/CLIP-ViT-H-14"):
-        load_baseline(f"pickscore:{broken}")
+    for kind in ("clip", "pickscore"):
+        with pytest.raises(BaselineError, match=r"holds pytorch_model\.bin and no \.safetensors"):
+            load_baseline(f"{kind}:{broken}")
 
 
 def test_fingerprint_of_a_folder_follows_its_files(folder, tmp_path):

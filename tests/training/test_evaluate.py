@@ -13,9 +13,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 from drm import load_drm, save_drm
 from tests.tiny import tiny_drm
+from tests.tiny_clip import write_tiny_clip
 from tests.training.evaluation import write_config, write_drm, write_test_sets
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
-from tests.training.tiny_clip import write_tiny_clip
 from training import evaluate
 from training.config import read_config
 from training.data.encoders import SD3Encoders

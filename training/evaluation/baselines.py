@@ -27,10 +27,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from drm.text_files import read_text
+from drm.clip_scorer import folder_facts, load_clip_scorer
 
 Score = Callable[[str, list[Image.Image]], list[float]]
 CLIP_KINDS = ("clip", "pickscore")
@@ -51,68 +50,12 @@ def load_baseline(spec: str, device: str = "cpu") -> Score:
 
 
 def clip_scorer(folder: str | Path, device: str = "cpu") -> Score:
-    """exp(logit_scale) * cosine of the picture's and the prompt's embedding, in float32; prompts are cut to
-    the text encoder's length.
-    """
-    model, processor = _load_clip(Path(folder))
-    model = model.to(device)
-    length = model.config.text_config.max_position_embeddings
-
-    @torch.no_grad()
-    def score(prompt: str, pictures: list[Image.Image]) -> list[float]:
-        inputs = processor(
-            text=[prompt],
-            images=pictures,
-            padding=True,
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        return model(**inputs.to(device)).logits_per_image[:, 0].tolist()
-
-    return score
-
-
-def _load_clip(folder: Path) -> tuple[torch.nn.Module, Callable]:
-    from transformers import AutoProcessor, CLIPModel
-
-    config = folder / "config.json"
-    if not config.is_file():
-        raise BaselineError(f"{folder} holds no config.json: give the folder of a downloaded CLIP model")
-    kind = _json_field(config, "model_type")
-    if kind != "clip":
-        raise BaselineError(
-            f"{folder} holds a model of type {kind!r}: wanted 'clip'; others go by module:function"
-        )
-    if (
-        not (folder / "preprocessor_config.json").is_file()
-        and not (folder / "processor_config.json").is_file()
-    ):
-        raise BaselineError(
-            f"{folder} holds no preprocessor_config.json: put it and the tokenizer's files beside the weights"
-            " (PickScore's are those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise BaselineError(
-            f"{folder} holds no .safetensors: other formats are not opened, since they can run code"
-        )
+    """A folder's drm.clip_scorer, on the device."""
     try:
-        model, loading = CLIPModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, and all mean the folder is not usable
-        raise BaselineError(f"cannot load a CLIP model from {folder}: {_first_line(error)}") from error
-    missing = sorted(loading["missing_keys"])
-    if missing:  # transformers would go on with random weights in their place
-        raise BaselineError(
-            f"the weights in {folder} lack {missing[0]} ({len(missing)} in all): download them again"
-        )
-    return model.eval(), processor
+        scorer = load_clip_scorer(folder).to(device)
+    except ValueError as error:
+        raise BaselineError(str(error)) from error
+    return lambda prompt, pictures: scorer(prompt, pictures).tolist()
 
 
 def _imported(module: str, function: str) -> Score:
@@ -135,8 +78,7 @@ def fingerprint(spec: str) -> str:
     """
     kind, _, place = spec.partition(":")
     if kind in CLIP_KINDS:
-        files = sorted(path for path in Path(place).glob("*") if path.is_file())
-        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        facts = folder_facts(place)
     else:
         facts = _source(kind)
     return hashlib.sha256(json.dumps([spec, facts]).encode()).hexdigest()
@@ -147,13 +89,6 @@ def _source(module: str) -> str:
         return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return ""
-
-
-def _json_field(path: Path, name: str) -> object:
-    try:
-        return json.loads(read_text(path)).get(name)
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaselineError(f"{path} is no JSON: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,13 @@
 transformers must load it as it loads the real ones, so every file is written by transformers itself.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.tiny import randomise, train_tokenizer
 
@@ -48,3 +54,19 @@ def _wrap_in(start: str, end: str, tokenizer):
 
     ids = [(token, tokenizer.token_to_id(token)) for token in (start, end)]
     return TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
+
+
+def own_similarity(folder: Path, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
+    """exp(logit_scale) * cosine (n,) from the two towers, without the joint forward that the scorer calls."""
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPTextModel, CLIPVisionModel
+
+    weights = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        [prompt], truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    pixels = AutoImageProcessor.from_pretrained(folder)(list(pictures), return_tensors="pt")
+    text, image = (tower.from_pretrained(folder).float() for tower in (CLIPTextModel, CLIPVisionModel))
+    with torch.no_grad():
+        text = text(**tokens).pooler_output @ weights["text_projection.weight"].T
+        image = image(**pixels).pooler_output @ weights["visual_projection.weight"].T
+    return weights["logit_scale"].exp() * torch.nn.functional.cosine_similarity(image, text, dim=-1)
