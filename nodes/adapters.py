@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import comfy.latent_formats
@@ -25,7 +25,6 @@ import comfy.sample
 import comfy.utils
 import folder_paths
 import torch
-from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -49,7 +48,23 @@ def check_choice(name: str, value: str, choices: list[str]) -> None:
 def module_patcher(module: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     """A network that only infers, in ComfyUI's memory management."""
     module.requires_grad_(False).eval()
-    return patcher_class()(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    base = patcher_class()
+    # A patcher that streams weights has ways of its own.
+    patcher = WholePatcher if base is comfy.model_patcher.ModelPatcher else base
+    return patcher(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """For networks of plain torch layers, which on a card with little room are loaded whole, and leave whole:
+    ComfyUI's own layers fetch what lies in main memory when they are used, these cannot.
+    """
+
+    def partially_load(self, device_to: torch.device, extra_memory: float = 0, **named: Any) -> int:
+        return super().partially_load(device_to, max(extra_memory, 2 * self.model_size()), **named)
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, **named: Any) -> int:
+        """Frees nothing, after which ComfyUI unloads all of it."""
+        return 0
 
 
 def load_drm_patcher(kind: str, name: str, dtype: str) -> comfy.model_patcher.ModelPatcher:
@@ -122,12 +137,6 @@ def image_tensor(images: Tensor) -> Tensor:
             "the IMAGE holds NaN or infinity: look at the node that made it (a broken VAE or model)"
         )
     return images
-
-
-def pictures_of(images: Tensor) -> list[Image.Image]:
-    """The RGB pictures, 8 bits a channel, of an IMAGE (B, H, W, 3 or 4); transparency is left out."""
-    pixels = (255 * images[..., :3].float().nan_to_num().clamp(0, 1)).round().byte().cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
 
 
 def is_one_frame(samples: Tensor) -> bool:
@@ -447,8 +456,3 @@ def load_beside(guider: object, drm: comfy.model_patcher.ModelPatcher) -> None:
 def load_alone(drm: comfy.model_patcher.ModelPatcher) -> None:
     """Brings the DRM into memory outside of sampling."""
     mm.load_models_gpu([drm])
-
-
-def load_whole(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Brings a network of plain torch layers into memory outside of sampling; they cannot work in parts."""
-    mm.load_models_gpu([patcher], force_full_load=True)

@@ -6,8 +6,6 @@ node decodes them and lays them out.
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from .adapters import check_picture
 from .film_picture import Frame, Strip, draw_strip
 from .forks import Fork
+from .pictures import pictures_of, to_image
 from .schema import found_by
 from .traces import DRMTrace, find_trace
 
@@ -73,7 +72,7 @@ class DRMFilmStrip(io.ComfyNode):
         strips = [_strip(fork, found, item, vae) for fork in found.forks]
         final = None if latent is None else _decoded(vae, latent["samples"][item : item + 1])[0]
         drawn = draw_strip(strips, final, thumbnail)
-        image = torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255).unsqueeze(0)
+        image = to_image(drawn)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -99,6 +98,4 @@ def _strip(fork: Fork, trace: "Trace", item: int, vae: object) -> Strip:
 
 def _decoded(vae: object, samples: Tensor) -> list[Image.Image]:
     """Pictures of latents (n, C, H, W), or (n, C, 1, H, W) as some models have them."""
-    images = vae.decode(samples)
-    images = images.reshape(-1, *images.shape[-3:])
-    return [Image.fromarray(pixels) for pixels in (images.clamp(0, 1) * 255).round().byte().cpu().numpy()]
+    return pictures_of(vae.decode(samples))

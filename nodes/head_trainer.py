@@ -11,10 +11,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import adapters, picked_tokens, trunk
-from .grpo.picture import to_image
 from .head_run import HeadRun, as_patcher, check_not_another, head_report, identity_of
 from .loader import KIND, DRMModel
+from .pictures import to_image
 from .sampler import MAX_SEED
+from .schema import found_by
 from .score import show_on_node
 
 PICKS = "drm_picks"
@@ -32,8 +33,9 @@ class DRMHeadTrainer(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DRMHeadTrainer",
-            display_name="DRM Head Trainer",
+            display_name="DRM Head Trainer (your taste)",
             category="DRM",
+            **found_by("reward", "preference", "taste", "train"),
             description="Teaches a reward model your taste: a head of a few megabytes that reads the tokens"
             " of the model you already have, learned from the picks of DRM Pick. Cancel keeps the best yet.",
             inputs=trainer_inputs(),

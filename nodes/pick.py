@@ -15,6 +15,8 @@ from . import adapters, trunk
 from .head_trainer import picks_root
 from .loader import DRMModel
 from .pick_wait import Shown, Waiting, wait_for_picks
+from .pictures import pictures_of
+from .schema import found_by
 from .score import score_finished, take
 
 FIRST, BEST, STOP = "take the first", "take the DRM's best", "stop"
@@ -32,8 +34,9 @@ class DRMPick(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DRMPick",
-            display_name="DRM Pick",
+            display_name="DRM Pick (choose by click)",
             category="DRM",
+            **found_by("preference", "choose", "select", "rank", "taste"),
             description="Shows a batch and waits until you have clicked the pictures you prefer, best first."
             " What you picked goes on, and is kept for DRM Head Trainer to learn your taste from.",
             inputs=pick_inputs(),
@@ -195,7 +198,7 @@ def seed_of(graph: dict, node: str) -> int | None:
 
 def jpeg_of(image: Tensor) -> Tensor:
     """The bytes of a JPEG of an IMAGE's item (H, W, 3 or 4), not larger than a page shows it."""
-    (picture,), file = adapters.pictures_of(image[None]), bytes_io.BytesIO()
+    (picture,), file = pictures_of(image[None]), bytes_io.BytesIO()
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     picture.save(file, "JPEG", quality=QUALITY)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)

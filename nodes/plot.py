@@ -1,10 +1,9 @@
 """DRM Trace Plot: the score of every candidate by step, as a picture."""
 
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from .adapters import check_choice, check_picture
+from .pictures import to_image
 from .schema import found_by
 from .trace_picture import RAW, RELATIVE, draw_trace
 from .traces import DRMTrace, find_trace
@@ -73,5 +72,5 @@ class DRMTracePlot(io.ComfyNode):
         found = find_trace(trace, latent)
         item = check_picture(picture, len(found.item_ids))
         drawn = draw_trace(found, item, scores == RELATIVE, (width, height))
-        image = torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255).unsqueeze(0)
+        image = to_image(drawn)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

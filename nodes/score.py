@@ -12,16 +12,23 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
 from . import adapters, trunk
+from .contact_sheet import contact_sheet
 from .loader import DRMModel
+from .pictures import pictures_of, to_image
 from .schema import found_by
 
+SHEET = io.Image.Output(
+    "sheet", display_name="sheet", tooltip="All pictures, the best first, with rank, number and score."
+)
 FINISHED, LEFTOVER = "finished picture", "leftover noise"
 CHUNK = 16
+AS_THE_FILE_SAYS = -1.0
 MAX_DRAWS = 64
 
 
@@ -63,8 +70,10 @@ def take(latent: dict, order: list[int]) -> dict:
 
 
 def ranking_text(scores: list[float], order: list[int], index: list[int]) -> str:
-    """One line a picture, the best first."""
-    return "\n".join(f"{rank}. picture {index[i]}: {scores[i]:+.4f}" for rank, i in enumerate(order, start=1))
+    """One line a picture, counted from 1, the best first."""
+    return "\n".join(
+        f"{rank}. picture {index[i] + 1}: {scores[i]:+.2f}" for rank, i in enumerate(order, start=1)
+    )
 
 
 class DRMScoreLatent(io.ComfyNode):
@@ -85,12 +94,12 @@ class DRMScoreLatent(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt the pictures are scored against."),
                 io.Float.Input(
                     "sigma",
-                    default=0.0,
-                    min=0.0,
+                    default=AS_THE_FILE_SAYS,
+                    min=AS_THE_FILE_SAYS,
                     max=1.0,
                     step=0.01,
-                    tooltip="Noise level to score at. 0 scores a finished picture as it is; above 0 noise is"
-                    " added first. With leftover noise: the sigma at which its sampler stopped. Scores"
+                    tooltip="Noise level to score at. -1: as the DRM's file says, 0 where it is silent. 0"
+                    " scores a finished picture as it is; above 0 noise is added first. With leftover noise: the sigma at which its sampler stopped. Scores"
                     " compare only at one sigma and for one prompt.",
                 ),
                 io.Combo.Input(
@@ -123,6 +132,12 @@ class DRMScoreLatent(io.ComfyNode):
                     tooltip="The model whose tokens the DRM reads, where it is a head without a backbone of "
                     "its own. Other DRMs need none.",
                 ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the pictures for the sheet; without it there is none, and nothing is"
+                    " decoded.",
+                ),
             ],
             outputs=[
                 io.Float.Output(
@@ -138,6 +153,7 @@ class DRMScoreLatent(io.ComfyNode):
                     "best", display_name="best", tooltip="The best picture, with its batch_index."
                 ),
                 io.Latent.Output("sorted", display_name="sorted", tooltip="All pictures, the best first."),
+                SHEET,
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -154,8 +170,11 @@ class DRMScoreLatent(io.ComfyNode):
         noise_draws: int,
         seed: int,
         model: comfy.model_patcher.ModelPatcher | None = None,
+        vae: object | None = None,
     ) -> io.NodeOutput:
         samples = adapters.latent_tensor(latent)
+        if sigma == AS_THE_FILE_SAYS and latent_is == FINISHED:
+            sigma = sigma_of_file(drm)
         check_scoring(sigma, latent_is, noise_draws)
         leftover = sigma if latent_is == LEFTOVER else None
 
@@ -167,11 +186,17 @@ class DRMScoreLatent(io.ComfyNode):
         tensor = score_with(drm, samples, positive, model, leftover, scores_of)
         order = tensor.argsort(descending=True, stable=True).tolist()
         scores = tensor.tolist()
-        text = ranking_text(scores, order, adapters.stream_ids(latent))
+        numbers = adapters.stream_ids(latent)
+        text = ranking_text(scores, order, numbers)
         show_on_node(text)
-        return io.NodeOutput(
-            scores, text, take(latent, order[:1]), take(latent, order), ui=ui.PreviewText(text)
-        )
+        best, ranked = take(latent, order[:1]), take(latent, order)
+        shown = ui.PreviewText(text).as_dict()
+        if vae is None:
+            return io.NodeOutput(scores, text, best, ranked, ExecutionBlocker(None), ui=shown)
+        pictures = pictures_of(vae.decode(latent["samples"]))
+        sheet = to_image(contact_sheet(pictures, scores, order, numbers))
+        shown |= ui.PreviewImage(sheet, cls=cls).as_dict()
+        return io.NodeOutput(scores, text, best, ranked, sheet, ui=shown)
 
 
 def score_with(
@@ -210,13 +235,23 @@ def score_finished(
     return score_with(drm, samples, positive, model, None, lambda scorer, x: _score_batch(scorer, x, 0.0))
 
 
+def sigma_of_file(drm: comfy.model_patcher.ModelPatcher) -> float:
+    """Where the DRM's file says that generated pictures are best scored, 0 where it says nothing."""
+    hint = getattr(drm.model, "metadata", {}).get("sigma_hint")
+    hint = hint.get("generated picture") if isinstance(hint, dict) else hint
+    return float(hint) if isinstance(hint, int | float) and 0 <= hint <= 1 else 0.0
+
+
 def check_scoring(sigma: float, latent_is: str, noise_draws: int) -> None:
     """Raises ValueError for settings that linked values can bring past the widgets' limits, or that make no
     sense.
     """
     adapters.check_choice("latent_is", latent_is, [FINISHED, LEFTOVER])
     if not 0 <= sigma <= 1:
-        raise ValueError(f"sigma is {sigma}: give a number from 0 (finished picture) to 1 (pure noise)")
+        raise ValueError(
+            f"sigma is {sigma}: give a number from 0 (finished picture) to 1 (pure noise), or for a finished"
+            " picture -1 (as the DRM's file says)"
+        )
     if not 1 <= noise_draws <= MAX_DRAWS:
         raise ValueError(f"noise_draws is {noise_draws}: give a number from 1 to {MAX_DRAWS}")
     if latent_is == LEFTOVER and not 0 < sigma < 1:

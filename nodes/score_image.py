@@ -9,7 +9,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from . import adapters, folders
-from .score import CHUNK, ranking_text, show_on_node
+from .contact_sheet import contact_sheet
+from .pictures import pictures_of, to_image
+from .schema import found_by
+from .score import CHUNK, SHEET, ranking_text, show_on_node
 
 NONE_YET = "(none in models/drm_scorers yet)"
 MAX_KEEP = 4096
@@ -26,8 +29,9 @@ class DRMScoreImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DRMScoreImage",
-            display_name="DRM Score Image (reward, rank, best of)",
+            display_name="DRM Score Image (aesthetic reward, rank, best of)",
             category="DRM",
+            **found_by("reward", "score", "rank", "best of", "aesthetic", "PickScore", "CLIP"),
             description="Scores every picture of a batch, drawn by any model, against the prompt with"
             " PickScore or CLIP, ranks them and keeps the best.",
             inputs=score_inputs(),
@@ -55,6 +59,7 @@ class DRMScoreImage(io.ComfyNode):
                     tooltip="Where each picture of best was in the batch, from 0: LatentFromBatch takes its"
                     " latent by this number, and a sampler with the same seed draws it again.",
                 ),
+                SHEET,
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -87,7 +92,9 @@ class DRMScoreImage(io.ComfyNode):
         kept = reached[:keep]
         # None reached it: what hangs on these outputs does not run.
         best, index = (images[kept], kept) if kept else (ExecutionBlocker(None), ExecutionBlocker(None))
-        return io.NodeOutput(scores, text, best, images[order], index, ui=ui.PreviewText(text))
+        sheet = to_image(contact_sheet(pictures_of(images), scores, order, range(len(scores))))
+        shown = {**ui.PreviewImage(sheet, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(scores, text, best, images[order], index, sheet, ui=shown)
 
 
 def score_inputs() -> list[io.Input]:
@@ -165,13 +172,13 @@ def score_images(patcher: comfy.model_patcher.ModelPatcher, prompt: str, images:
     """Scores (B,) on the CPU of an IMAGE (B, H, W, 3 or 4)."""
     from ..drm.scoring import Parts
 
-    adapters.load_whole(patcher)
+    adapters.load_alone(patcher)
     parts = Parts(
         CHUNK, mm.throw_exception_if_processing_interrupted, adapters.is_out_of_memory, mm.soft_empty_cache
     )
 
     def score(part: slice) -> Tensor:
-        return patcher.model(prompt, adapters.pictures_of(images[part])).float().cpu()
+        return patcher.model(prompt, pictures_of(images[part])).float().cpu()
 
     return parts.run(len(images), CHUNK, score)
 
@@ -181,6 +188,6 @@ def check_finite(scores: Tensor, scorer: str) -> None:
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"the scorer '{scorer}' returned {scores[bad[0]].item()} for picture {bad[0]}: its weights may be"
-            " damaged, download them again"
+            f"the scorer '{scorer}' returned {scores[bad[0]].item()} for picture {bad[0] + 1}: its weights"
+            " may be damaged, download them again"
         )

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import latent_preview
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..pictures import pictures_of
 from ..trace_picture import CANDIDATE, CHOSEN, GRID, INK, OVERSAMPLE, PAPER, round_ticks
 
 GAP, LABEL = 4, 22
@@ -23,8 +23,7 @@ def to_pictures(latents: Tensor, latent_format: object, vae: object | None) -> l
     framed = latents.unsqueeze(2) if latent_format.latent_dimensions == 3 else latents
     with torch.inference_mode():
         images = torch.cat([vae.decode(latent_format.process_out(x.unsqueeze(0))) for x in framed])
-    images = images.reshape(-1, *images.shape[-3:])
-    return [Image.fromarray(array) for array in (255 * images.clamp(0, 1)).byte().cpu().numpy()]
+    return pictures_of(images)
 
 
 def _rough(latent: Tensor, latent_format: object) -> Image.Image:
@@ -35,11 +34,6 @@ def _rough(latent: Tensor, latent_format: object) -> Image.Image:
         return Image.fromarray((255 * shade).byte().cpu().numpy()).convert("RGB")
     previewer = latent_preview.Latent2RGBPreviewer(factors, latent_format.latent_rgb_factors_bias)
     return previewer.decode_latent_to_preview(latent)
-
-
-def to_image(picture: Image.Image) -> Tensor:
-    """An IMAGE (1, H, W, 3)."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).unsqueeze(0)
 
 
 def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:

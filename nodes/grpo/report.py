@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..pictures import to_image
 from ..score import show_on_node
 from . import picture
 from .learner import Pictures
@@ -32,7 +33,7 @@ def pictures_of(run: Run, pictures: Pictures, vae: object | None) -> list[Image.
 def before_and_after(run: Run, vae: object | None) -> Tensor:
     """The grid as an IMAGE (1, H, W, 3): the prompts kept aside, from equal noise."""
     before, after = (pictures_of(run, found, vae) for found in (run.before, run.best))
-    return picture.to_image(picture.grid([("before", before), ("after", after)]))
+    return to_image(picture.grid([("before", before), ("after", after)]))
 
 
 def loss_map(rewards: list[float]) -> dict[str, list[float]]:

@@ -11,29 +11,30 @@ import pytest
 from tools.comfy_server import COMFYUI, ROOT
 
 NODES = {
-    "DRMLoader": ("DRM Loader", ["drm_name", "dtype"], ["DRM_MODEL"]),
+    "DRMLoader": ("DRM Loader (reward model)", ["drm_name", "dtype"], ["DRM_MODEL"]),
     "DRMScoreLatent": (
-        "DRM Score Latent",
-        ["drm", "latent", "positive", "sigma", "latent_is", "noise_draws", "seed", "model"],
-        ["FLOAT", "STRING", "LATENT", "LATENT"],
+        "DRM Score Latent (rank, best of)",
+        ["drm", "latent", "positive", "sigma", "latent_is", "noise_draws", "seed", "model", "vae"],
+        ["FLOAT", "STRING", "LATENT", "LATENT", "IMAGE"],
     ),
     "DRMScoreImage": (
-        "DRM Score Image (reward, rank, best of)",
+        "DRM Score Image (aesthetic reward, rank, best of)",
         ["scorer", "images", "prompt", "keep", "threshold"],
-        ["FLOAT", "STRING", "IMAGE", "IMAGE", "INT"],
+        ["FLOAT", "STRING", "IMAGE", "IMAGE", "INT", "IMAGE"],
     ),
     "StepwiseKSampler": (
-        "Step-wise KSampler",
+        "Step-wise KSampler (DRM reward-guided)",
         (
             "model drm seed steps cfg scheduler positive negative latent_image denoise"
-            " num_branches noise_level kind branch_start branch_end preset seconds search"
+            " preset num_branches branch_start branch_end noise_level kind seconds film_strip search"
         ).split(),
         ["LATENT", "DRM_TRACE"],
     ),
     "StepwiseSampler": (
-        "Step-wise Sampler",
+        "Step-wise Sampler (DRM branches)",
         (
-            "drm positive num_branches noise_level kind branch_start branch_end seed preset seconds search"
+            "drm positive seed preset num_branches branch_start branch_end noise_level kind seconds"
+            " film_strip search"
         ).split(),
         ["SAMPLER", "DRM_TRACE"],
     ),
@@ -42,15 +43,24 @@ NODES = {
         ["choice", "temperature", "stride"],
         ["DRM_SEARCH"],
     ),
-    "DRMTracePlot": ("DRM Trace Plot", ["trace", "item", "scores", "width", "height", "latent"], ["IMAGE"]),
+    "DRMTracePlot": (
+        "DRM Trace Plot (scores by step)",
+        ["trace", "scores", "width", "height", "picture", "latent"],
+        ["IMAGE"],
+    ),
+    "DRMFilmStrip": (
+        "DRM Film Strip (see the branches)",
+        ["trace", "vae", "picture", "thumbnail", "latent"],
+        ["IMAGE"],
+    ),
     "DRMDemoCLIPLoader": ("DRM Demo CLIP Loader", ["clip_name"], ["CLIP"]),
     "DRMPick": (
-        "DRM Pick",
+        "DRM Pick (choose by click)",
         ["images", "latent", "prompt", "name", "without_a_page", "model", "drm", "positive"],
         ["IMAGE", "LATENT"],
     ),
     "DRMHeadTrainer": (
-        "DRM Head Trainer",
+        "DRM Head Trainer (your taste)",
         "model clip picks blocks steps rate seed name better worse prompt".split(),
         ["DRM_MODEL", "STRING", "STRING", "IMAGE"],
     ),
@@ -96,10 +106,17 @@ def test_every_input_and_output_has_a_tooltip(ours, node_id):
 
 
 def test_scores_are_a_list(ours):
-    assert ours["DRMScoreLatent"]["output_is_list"] == [True, False, False, False]
-    assert ours["DRMScoreLatent"]["output_name"] == ["scores", "ranks", "best", "sorted"]
-    assert ours["DRMScoreImage"]["output_is_list"] == [True, False, False, False, True]
-    assert ours["DRMScoreImage"]["output_name"] == ["scores", "ranks", "best", "sorted", "batch_index"]
+    assert ours["DRMScoreLatent"]["output_is_list"] == [True, False, False, False, False]
+    assert ours["DRMScoreLatent"]["output_name"] == ["scores", "ranks", "best", "sorted", "sheet"]
+    assert ours["DRMScoreImage"]["output_is_list"] == [True, False, False, False, True, False]
+    assert ours["DRMScoreImage"]["output_name"] == [
+        "scores",
+        "ranks",
+        "best",
+        "sorted",
+        "batch_index",
+        "sheet",
+    ]
 
 
 def test_sampler_offers_what_ksampler_offers(server, ours):
@@ -114,6 +131,12 @@ def test_sampler_offers_what_ksampler_offers(server, ours):
         }
 
 
+@pytest.mark.parametrize("word", "reward,best of,score,rank,aesthetic,drm,grpo,branch,step".split(","))
+def test_what_people_type_finds_a_node(ours, word):
+    """The page's search before 0.11 reads display names alone."""
+    assert any(word in info["display_name"].lower() for info in ours.values())
+
+
 def test_models_folder_lists_only_safetensors(server, base_dir):
     for name in ("old.pt", "old.ckpt", "notes.md"):
         (base_dir / "models" / "drm" / name).write_bytes(b"not a model")
@@ -125,7 +148,7 @@ def test_models_folder_lists_only_safetensors(server, base_dir):
 @pytest.mark.parametrize("node_id", NODES)
 def test_every_node_has_a_help_page(server, node_id):
     page = server.request(f"/extensions/ComfyUI-DRM/docs/{node_id}.md", None, "", 10).decode()
-    assert page.startswith(f"# {NODES[node_id][0]}")
+    assert page.startswith(f"# {NODES[node_id][0].partition(' (')[0]}")
 
 
 def test_graphs_are_offered_as_templates(server):
@@ -135,7 +158,15 @@ def test_graphs_are_offered_as_templates(server):
         pytest.fail(str(error))
     graphs = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert set(templates["ComfyUI-DRM"]) == graphs
-    assert graphs == {"Reward-guided text to image", "Score and rank latents", "Reward-guided custom sampler", "Fine-tune with Step-GRPO"}
+    assert graphs == {
+        "Fine-tune with Step-GRPO",
+        "Reward-guided SD3.5 Medium",
+        "Reward-guided custom sampler",
+        "Reward-guided text to image",
+        "Score and rank latents",
+        "Teach your taste",
+        "Your own model",
+    }
 
 
 STARTUP = """

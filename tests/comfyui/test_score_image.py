@@ -63,7 +63,7 @@ def test_scores_are_transformers_own(score, scorers):
 
 def test_ranks_best_sorted_and_index(score):
     batch = images(5, seed=1)
-    scores, ranks, best, ordered, index = score(batch, keep=3)
+    scores, ranks, best, ordered, index, _ = score(batch, keep=3)
     order = sorted(range(5), key=lambda i: -scores[i])
     assert index == order[:3]
     assert torch.equal(best, batch[order[:3]])
@@ -73,15 +73,15 @@ def test_ranks_best_sorted_and_index(score):
 
 
 def test_more_to_keep_than_there_are(score):
-    _, ranks, best, ordered, index = score(images(2), keep=9)
+    _, ranks, best, ordered, index, _ = score(images(2), keep=9)
     assert torch.equal(best, ordered)
     assert len(index) == len(ranks.splitlines()) == 2
 
 
 def test_one_picture(score):
     batch = images(1)
-    scores, ranks, best, ordered, index = score(batch)
-    assert ranks == f"1. picture 0: {scores[0]:+.4f}"
+    scores, ranks, best, ordered, index, _ = score(batch)
+    assert ranks == f"1. picture 1: {scores[0]:+.2f}"
     assert index == [0]
     assert torch.equal(best, batch)
     assert torch.equal(ordered, batch)
@@ -89,20 +89,20 @@ def test_one_picture(score):
 
 def test_equal_scores_keep_the_order_of_the_batch(score, module, monkeypatch):
     monkeypatch.setattr(module, "score_images", lambda *_: torch.tensor([1.0, 2.0, 1.0, 2.0]))
-    _, ranks, _, _, index = score(images(4), keep=4)
+    _, ranks, _, _, index, _ = score(images(4), keep=4)
     assert index == [1, 3, 0, 2]
     assert [line.split(":")[0] for line in ranks.splitlines()] == [
-        "1. picture 1",
-        "2. picture 3",
-        "3. picture 0",
-        "4. picture 2",
+        "1. picture 2",
+        "2. picture 4",
+        "3. picture 1",
+        "4. picture 3",
     ]
 
 
 def test_threshold_leaves_out_what_scores_less(score, module, monkeypatch):
     monkeypatch.setattr(module, "score_images", lambda *_: torch.tensor([1.0, 2.5, 2.0, 1.5]))
     batch = images(4)
-    scores, ranks, best, ordered, index = score(batch, keep=4, threshold=2.0)
+    scores, ranks, best, ordered, index, _ = score(batch, keep=4, threshold=2.0)
     assert index == [1, 2]  # a score equal to the threshold reaches it
     assert torch.equal(best, batch[[1, 2]])
     assert (len(scores), len(ordered)) == (4, 4)
@@ -113,7 +113,7 @@ def test_threshold_leaves_out_what_scores_less(score, module, monkeypatch):
 def test_none_reaches_the_threshold(score):
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    scores, ranks, best, ordered, index = score(images(3), threshold=999.0)
+    scores, ranks, best, ordered, index, _ = score(images(3), threshold=999.0)
     assert isinstance(best, ExecutionBlocker)
     assert isinstance(index, ExecutionBlocker)
     assert (len(scores), len(ordered)) == (3, 3)
@@ -247,7 +247,7 @@ def test_damaged_weights_are_a_sentence(score, bad_folder):
     weights = load_file(bad_folder / "model.safetensors")
     weights["visual_projection.weight"][0] = float("nan")
     save_file(weights, bad_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"the scorer 'bad' returned nan for picture 0: its weights may be"):
+    with pytest.raises(ValueError, match=r"the scorer 'bad' returned nan for picture 1: its weights may be"):
         score(images(), scorer="bad")
 
 

@@ -1,5 +1,7 @@
 """DRM Score Latent and the adapters below it, in this process."""
 
+import copy
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_scores_are_those_of_the_model_in_model_space(inside, score):
 def test_ranking_best_and_sorted(inside, score):
     masks = torch.rand(4, 1, 8, 8)
     latent = inside.latent(batch=4, seed=2, batch_index=[7, 3, 9, 4], noise_mask=masks)
-    scores, ranks, best, ordered = score(latent)
+    scores, ranks, best, ordered, _ = score(latent)
     order = sorted(range(4), key=lambda i: -scores[i])
     assert ordered["batch_index"] == [latent["batch_index"][i] for i in order]
     assert torch.equal(ordered["samples"], latent["samples"][order])
@@ -249,3 +251,56 @@ def test_that_node_makes_it_as_long(inside):
     assert (len(short), len(long)) == (77, 512)
     assert {token for token, *_ in long[len(short) :]} == {0}
     assert long[: len(short)] == short
+
+
+def test_a_card_with_little_room_holds_all_of_the_drm_or_nothing(inside):
+    """Plain torch layers work on one device: ComfyUI may neither load nor take away a part of them."""
+    import comfy.model_patcher as stock
+
+    adapters = inside.pack.module("nodes.adapters")
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    module = adapters.load_drm_patcher("drm", inside.files.drm.name, "float32").model
+    for kind, devices in ((stock.ModelPatcher, {"meta", "cpu"}), (adapters.WholePatcher, {"meta"})):
+        patcher = kind(copy.deepcopy(module), load_device=meta, offload_device=cpu)
+        patcher.partially_load(meta, extra_memory=patcher.model_size() // 2)
+        assert {parameter.device.type for parameter in patcher.model.parameters()} == devices
+    assert patcher.partially_unload(cpu, memory_to_free=1) == 0
+    assert {parameter.device.type for parameter in patcher.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("hint", "sigma"),
+    [
+        ({"generated picture": 0.4, "real picture": 0.1}, 0.4),
+        (0.25, 0.25),
+        ("much", 0.0),
+        (7, 0.0),
+        (None, 0.0),
+    ],
+)
+def test_sigma_as_the_file_says(inside, score, monkeypatch, hint, sigma):
+    latent = inside.latent(batch=2, seed=3)
+    monkeypatch.setitem(inside.drm.model.metadata, "sigma_hint", hint)
+    assert score(latent, sigma=-1.0)[0] == score(latent, sigma=sigma)[0]
+    if sigma:
+        assert score(latent, sigma=-1.0)[0] != score(latent, sigma=0.0)[0]
+
+
+def test_leftover_noise_needs_its_sigma(inside, score):
+    with pytest.raises(ValueError, match=r"sigma is -1.0: give a number from 0"):
+        score(inside.latent(), sigma=-1.0, latent_is="leftover noise")
+
+
+def test_the_sheet_is_there_with_a_vae_alone(inside, score):
+    """Pictures of a known colour a latent: the sheet begins with that of the best."""
+
+    class Shades:
+        def decode(self, samples):
+            places = torch.arange(len(samples)).reshape(-1, 1, 1, 1) / 10
+            return places.expand(-1, 32, 32, 3)
+
+    latent = inside.latent(batch=5, seed=9)
+    scores, *_, sheet = score(latent, vae=Shades())
+    best = max(range(5), key=scores.__getitem__)
+    assert sheet[0, 20, 20].tolist() == pytest.approx([best / 10] * 3, abs=0.01)
+    assert type(score(latent)[-1]).__name__ == "ExecutionBlocker"

@@ -165,7 +165,10 @@ def old_graph(name):
 
 @pytest.mark.parametrize(
     ("name", "node_type"),
-    [("Reward-guided text to image", "StepwiseKSampler"), ("Reward-guided custom sampler", "StepwiseSampler")],
+    [
+        ("Reward-guided text to image", "StepwiseKSampler"),
+        ("Reward-guided custom sampler", "StepwiseSampler"),
+    ],
 )
 def test_an_older_graph_opens_with_its_old_meaning(page, name, node_type):
     report = page.open_workflow(old_graph(name), f"older_{name}")

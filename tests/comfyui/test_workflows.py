@@ -132,7 +132,9 @@ def test_both_samplers_share_their_settings(page):
     }
 
 
-@pytest.mark.parametrize("name", ["Reward-guided text to image", "Score and rank latents", "Fine-tune with Step-GRPO"])
+@pytest.mark.parametrize(
+    "name", ["Reward-guided text to image", "Score and rank latents", "Fine-tune with Step-GRPO"]
+)
 def test_a_note_says_how_to_use_sd35_medium(name):
     nodes = json.loads(workflow(name).read_text())["nodes"]
     (note,) = [node for node in nodes if node["type"] == "MarkdownNote"]
