@@ -99,8 +99,9 @@ class DRMScoreLatent(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Noise level to score at. -1: as the DRM's file says, 0 where it is silent. 0"
-                    " scores a finished picture as it is; above 0 noise is added first. With leftover noise: the sigma at which its sampler stopped. Scores"
-                    " compare only at one sigma and for one prompt.",
+                    " scores a finished picture as it is; above 0 noise is added first. With leftover noise:"
+                    " the sigma at which its sampler stopped. Scores compare only at one sigma and for one"
+                    " prompt.",
                 ),
                 io.Combo.Input(
                     "latent_is",

@@ -1,8 +1,8 @@
 """`make demo`: the bundled graph, then plain sampling beside Step-wise Sampling at k = 1, 2, 4, 6, in a real
 ComfyUI.
 
-Starts the server, sends workflows/Reward-guided text to image.json to it with comfy-cli as a user would, then samples a
-handful of prompts with the same seeds in every way, and leaves
+Starts the server, sends workflows/Reward-guided text to image.json to it with comfy-cli as a user would, then
+samples a handful of prompts with the same seeds in every way, and leaves
     output/demo/comparison.png   one row a prompt, one column a way of sampling, with the scores of the
     picture shown output/demo/report.json      {"rows": [{"k", "time_ratio", "drm", "judge"}, ...], ...} over
     all pictures; "plain" is the stock KSampler output/demo/graph/           what the bundled graph saved
@@ -135,7 +135,8 @@ def run_bundled_graph(server: ComfyServer) -> None:
     for path in made:
         shutil.copy(path, OUT / "graph" / path.name)
     print(
-        f"workflows/Reward-guided text to image.json ran and saved {len(made)} pictures -> {OUT / 'graph'}", flush=True
+        f"workflows/Reward-guided text to image.json ran and saved {len(made)} pictures -> {OUT / 'graph'}",
+        flush=True,
     )
 
 

@@ -1,8 +1,9 @@
-"""Run every graph of workflows/ in a real ComfyUI and photograph it into the .jpg beside it.
+"""Run every graph of workflows/ in a real ComfyUI and put what came of it into the square .jpg beside it.
 
     python -m tools.render_workflow_images [NAME ...]
 
-ComfyUI's template browser shows these pictures. Uses the demo models of this repository (models/), a
+ComfyUI's template browser shows these pictures: what was saved on top, the film strip or sheet below. A graph
+that needs files or clicks of its own is photographed. Uses the demo models of this repository (models/), a
 temporary ComfyUI folder and headless Chromium.
 """
 
@@ -12,13 +13,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from tests.comfyui.page import ComfyPage, open_page
+from tests.comfyui.page import ComfyPage, PageReport, open_page
+from tools.comfy_results import Result
 from tools.comfy_server import ROOT, ComfyServer
 
-WIDTH = 1600
+SIDE, EDGE, CAPTION = 800, 12, 34
+PAPER, INK = "#ffffff", "#333333"
 MARGIN = 24
+ASLEEP = 2  # the page's number for a muted node
 VIEWPORT = {"width": 2600, "height": 1700}
 # Where the graph lies on the screen, once it fills the canvas.
 FRAME = """async () => {
@@ -40,7 +44,7 @@ FRAME = """async () => {
 }"""
 
 
-def queue_and_wait(page: ComfyPage, server: ComfyServer) -> None:
+def run(page: ComfyPage, server: ComfyServer) -> Result:
     """Press Run and wait for the prompt; RuntimeError with the server's words when it fails."""
     done = set(server.get("/history"))
     page.page.evaluate("() => window.app.queuePrompt(0)")
@@ -49,11 +53,46 @@ def queue_and_wait(page: ComfyPage, server: ComfyServer) -> None:
     result = server.wait(new.pop())
     if result.status != "success":
         raise RuntimeError(f"the graph failed: {result.error}")
-    page.page.wait_for_timeout(3000)
+    return result
+
+
+def fitted(picture: Image.Image, width: float, height: float) -> Image.Image:
+    """The picture as large as it may be; small ones grow without blur."""
+    scale = min(width / picture.width, height / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def results_square(report: PageReport, result: Result, server: ComfyServer) -> Image.Image:
+    """What the graph saved, with the titles of the nodes, above its film strip or sheet."""
+
+    def pictures_of(kind: str) -> list[tuple[str, Image.Image]]:
+        nodes = [node for node in report.nodes if node["type"] == kind]
+        return [
+            (node["title"], Image.open(io.BytesIO(server.view(image))).convert("RGB"))
+            for node in nodes
+            for image in result.images(str(node["id"]))
+        ]
+
+    saved = pictures_of("SaveImage")
+    below = [picture for kind in ("DRMFilmStrip", "DRMScoreLatent") for _, picture in pictures_of(kind)]
+    square = Image.new("RGB", (SIDE, SIDE), PAPER)
+    draw, font = ImageDraw.Draw(square), ImageFont.load_default(size=24)
+    room = (SIDE - EDGE) / len(saved)
+    high = SIDE * 0.36 if below else SIDE - CAPTION - 2 * EDGE
+    for place, (title, picture) in enumerate(saved):
+        small, middle = fitted(picture, room - EDGE, high), EDGE / 2 + (place + 0.5) * room
+        square.paste(small, (round(middle - small.width / 2), CAPTION + EDGE))
+        draw.text((middle, EDGE), title, INK, font=font, anchor="mt")
+    if below:
+        top = round(high + CAPTION + 2 * EDGE)
+        small = fitted(below[0], SIDE - 2 * EDGE, SIDE - top - EDGE)
+        square.paste(small, ((SIDE - small.width) // 2, top))
+    return square
 
 
 def photograph(page: ComfyPage) -> Image.Image:
-    """The graph alone, cut out of the page."""
+    """The graph alone, cut out of the page, in a square."""
     frame = page.page.evaluate(FRAME)
     clip = {
         "x": max(frame["x"] - MARGIN, 0),
@@ -62,8 +101,10 @@ def photograph(page: ComfyPage) -> Image.Image:
         "height": frame["height"] + 2 * MARGIN,
     }
     with Image.open(io.BytesIO(page.page.screenshot(clip=clip))) as picture:
-        height = round(WIDTH * picture.height / picture.width)
-        return picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
+        small = fitted(picture.convert("RGB"), SIDE, SIDE)
+    square = Image.new("RGB", (SIDE, SIDE), "#202020")
+    square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    return square
 
 
 def main() -> None:
@@ -75,13 +116,15 @@ def main() -> None:
             with open_page(server.url) as page:
                 page.page.set_viewport_size(VIEWPORT)
                 report = page.open_workflow(ROOT / "workflows" / f"{name}.json")
-                if report.red_nodes or report.bad_choices:
-                    raise RuntimeError(
-                        f"{name}: {report.red_nodes + report.bad_choices}: are the models in models/?"
-                    )
-                queue_and_wait(page, server)
+                if report.missing_types:
+                    raise RuntimeError(f"{name}: unknown nodes {report.missing_types}")
                 target = ROOT / "workflows" / f"{name}.jpg"
-                photograph(page).save(target, quality=88)
+                if report.bad_choices or any(node["mode"] == ASLEEP for node in report.nodes):
+                    page.close_dialogs()
+                    picture = photograph(page)
+                else:
+                    picture = results_square(report, run(page, server), server)
+                picture.save(target, quality=88)
                 print(f"{target.relative_to(ROOT)} ({target.stat().st_size / 1024:.0f} KB)")
 
 
