@@ -152,3 +152,9 @@ def test_nothing_that_ships_names_code_or_files_that_do_not(unpacked: Path):
             if not any((unpacked / f"{name}{end}").exists() for end in ("", ".py")):
                 missing.append(f"{path.relative_to(unpacked)}: {name}")
     assert missing == []
+
+
+def test_the_clone_lines_show_the_one_address():
+    (address,) = re.findall(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    clones = re.findall(r"git clone (\S+) ComfyUI-DRM", (ROOT / "README.md").read_text())
+    assert clones == [address, address]
