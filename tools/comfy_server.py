@@ -42,6 +42,7 @@ from tools.comfy_results import (
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = ROOT / ".venv" / "comfyui"
 PACK = "ComfyUI-DRM"
+DEMO_CHECKPOINT = ROOT / "models" / "checkpoints" / "drm_demo_emoji_sd3.safetensors"
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user/default")
 # First visitors get the template browser on top of the graph; these settings say that they have seen it.
 PAGE_SETTINGS = {
@@ -296,6 +297,21 @@ def prepare_base_dir(base_dir: Path) -> None:
         settings.write_text(json.dumps(PAGE_SETTINGS, indent=4))
 
 
+def demo_previews(base_dir: Path, checkpoint: Path = DEMO_CHECKPOINT) -> None:
+    """The demo model's decoder where ComfyUI looks for SD3's small one, unless there is one: previews."""
+    from safetensors.torch import load_file, save_file
+
+    target, prefix = base_dir / "models" / "vae_approx" / "taesd3_decoder.safetensors", "taesd_decoder."
+    if target.exists() or not checkpoint.exists():
+        return
+    weights = {
+        name.partition(prefix)[2]: value for name, value in load_file(checkpoint).items() if prefix in name
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.clone() for name, value in weights.items()}, target.with_suffix(".tmp"))
+    target.with_suffix(".tmp").rename(target)
+
+
 def free_port() -> int:
     """A TCP port nobody listens on."""
     with socket.socket() as probe:
@@ -317,7 +333,9 @@ def main() -> None:
     )
     parser.add_argument("--gpu", action="store_true", help="the device ComfyUI chooses, not the CPU")
     options = parser.parse_args()
-    server = ComfyServer(options.base_dir, port=options.port, cpu=not options.gpu)
+    demo_previews(options.base_dir)
+    previews = ["--preview-method", "taesd"]
+    server = ComfyServer(options.base_dir, port=options.port, cpu=not options.gpu, arguments=previews)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print(
         f"Starting ComfyUI{'' if options.gpu else ' on the CPU'}; models and pictures in {server.base_dir}",

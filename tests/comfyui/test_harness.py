@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from tools.comfy_server import ROOT, ComfyServer, PromptRejectedError
+from tools.comfy_server import DEMO_CHECKPOINT, ROOT, ComfyServer, PromptRejectedError, demo_previews
 
 GRAPH = {
     "1": {
@@ -127,3 +127,26 @@ def test_pack_imports_in_this_process(pack):
     extension = pack.module("nodes").DRMExtension
     assert extension.__module__.startswith(pack.name)
     assert pack.module("drm.flow").__name__ == f"{pack.name}.drm.flow"
+
+
+def test_previews_are_what_the_demo_model_decodes(inside, tmp_path):
+    """ComfyUI's previewer, given the file, shows the demo's latents as its VAE does."""
+    import comfy.sd
+    import comfy.utils
+    import torch
+    from comfy.taesd.taesd import TAESD
+
+    demo_previews(tmp_path)
+    (file,) = (tmp_path / "models" / "vae_approx").iterdir()
+    previewer = TAESD(None, str(file), latent_channels=16)
+    weights = comfy.utils.load_torch_file(str(DEMO_CHECKPOINT))
+    whole = comfy.utils.state_dict_prefix_replace(weights, {"first_stage_model.": ""}, filter_keys=True)
+    vae = comfy.sd.VAE(sd=whole)
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        seen = previewer.decode(inside.model.model.process_latent_in(latent)).movedim(1, -1)
+        expected = vae.decode(latent)
+    # The demo's latents are scaled a little otherwise than SD3's, which a previewer cannot know.
+    shown, expected = ((seen + 1) / 2).clamp(0, 1).flatten(), expected.float().cpu().flatten()
+    assert float((shown - expected).abs().mean()) < 0.05
+    assert float(torch.corrcoef(torch.stack([shown, expected]))[0, 1]) > 0.98

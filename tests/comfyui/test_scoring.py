@@ -48,7 +48,7 @@ def test_ranking_best_and_sorted(inside, score):
     assert best["batch_index"] == ordered["batch_index"][:1]
     assert torch.equal(best["samples"], latent["samples"][order[:1]])
     assert torch.equal(best["noise_mask"], masks[order[:1]])
-    assert ranks.splitlines()[0] == f"1. picture {best['batch_index'][0]}: {max(scores):+.4f}"
+    assert ranks.splitlines()[0] == f"1. picture {best['batch_index'][0] + 1}: {max(scores):+.2f}"
     assert len(ranks.splitlines()) == 4
 
 
