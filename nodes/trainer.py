@@ -15,7 +15,8 @@ from .grpo import report
 from .grpo.inputs import METHODS, Training, prompts_fingerprint, read_prompts
 from .grpo.learner import Models
 from .grpo.preflight import check_caches
-from .grpo.run import Run
+from .grpo.run import Run, say
+from .grpo.watch import counted
 from .loader import DRMModel
 from .sampler import MAX_SEED
 from .score import show_on_node
@@ -64,6 +65,7 @@ class StepGRPOLoRATrainer(io.ComfyNode):
         **settings: object,
     ) -> io.NodeOutput:
         training = Training(prompts=tuple(read_prompts(prompts)), **settings)
+        say(f"Reading {counted(len(training.prompts), 'prompt')}")
         with torch.inference_mode(False), torch.enable_grad():
             run = prepare(training, model, drm, held_out_drm or drm, clip, lora_name, vae)
             tensors = run.train()

@@ -1,6 +1,8 @@
 """A run of Step-GRPO LoRA Trainer: looks at what is learned, its files, its end, going on after a stop."""
 
 import logging
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +24,12 @@ from .watch import Look, counted
 SECONDS_BETWEEN_SAVES = 60.0
 
 
+def say(text: str) -> None:
+    """On the node and in the console."""
+    logging.info("Step-GRPO: %s", text)
+    show_on_node(text)
+
+
 class Run:
     """One training. `train` does all of it; `report` says what happened."""
 
@@ -39,13 +47,15 @@ class Run:
         self.latest: Pictures | None = None
         self.best: Pictures | None = None
         self.bar = comfy.utils.ProgressBar(self._total)
-        self.began, self.done_here, self.saved_at = time.monotonic(), 0, time.monotonic()
+        self.saved_at = time.monotonic()
+        self.took: dict[str, list[float]] = {"iteration": [], "look": []}
 
     # the whole
 
     def train(self) -> dict[str, Tensor]:
         """The LoRA, as its file has it. Whatever ends it early, what was learned is saved first."""
         try:
+            say("Loading the models")
             self._inside(self._begin, [0])
             self.show(self, self.line)
             while not self.finished:
@@ -107,6 +117,7 @@ class Run:
 
     def _begin(self, policy: ComfyPolicy) -> None:
         """Finds the file of this run, or checks that a run may start; draws the pictures before."""
+        say("Reading the weights, to know this run again")
         self.hashes |= {
             "base": weights_hash(self.learner.network),
             "drm": weights_hash(self.models.drm.model),
@@ -115,13 +126,15 @@ class Run:
             self.hashes["judge"] = weights_hash(self.models.judge.model)
         name = f"{self.base_path.name}_{run_id(self.training, self.hashes)}.safetensors"
         self.path = self.base_path.with_name(name)
-        self.before = self.latest = self.learner.pictures(policy)
+        say(f"Drawing {counted(len(self.training.held_out), 'picture')} to compare with")
+        self.before = self.latest = self._pictures(policy)
         self.state.progress.sketch = sketch(self.before.latents)
         if self.state.load(self._state_path):
             self.notes.append(f"went on after iteration {self.state.progress.iteration} of {self.path.name}")
             self._make_good()
             return
         self.state.progress.watch.start = self.before.score
+        say("Checking that this can be learned")
         with self.learner.adapters.attached(self.learner.network):
             for line in self.learner.check(policy):
                 self.notes.append(line)
@@ -132,16 +145,22 @@ class Run:
         progress, until = self.state.progress, self._next_look
         with self.learner.adapters.attached(self.learner.network):
             while progress.iteration < until:
+                began = time.monotonic()
                 self.learner.iterate(policy)
-                self.done_here += 1
-                logging.info("Step-GRPO: %s", self.line)
-                show_on_node(self.line)
+                self.took["iteration"].append(time.monotonic() - began)
+                say(self.line)
                 due = progress.iteration % self.training.save_every == 0
                 late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
                 if (due or late) and progress.iteration < until:
                     self._save()
             with self.learner.holding(self.state.average):
-                self.latest = self.learner.pictures(policy)
+                self.latest = self._pictures(policy)
+
+    def _pictures(self, policy: ComfyPolicy) -> Pictures:
+        began = time.monotonic()
+        pictures = self.learner.pictures(policy)
+        self.took["look"].append(time.monotonic() - began)
+        return pictures
 
     def _draw_best(self, policy: ComfyPolicy) -> None:
         with self.learner.holding(None), self.learner.adapters.attached(self.learner.network):
@@ -182,10 +201,18 @@ class Run:
             words.append(f"KL {progress.kl[-1]:.2g}")
         if progress.watch.looks:
             words.append(f"held-out {progress.watch.looks[-1].held_out:+.3f}")
-        if self.done_here:
-            left = int((time.monotonic() - self.began) / self.done_here * (total - progress.iteration))
+        if self.took["iteration"]:
+            left = round(self.seconds_left)
             words.append(f"{left // 60} min {left % 60:02d} s left")
         return ", ".join(words)
+
+    @property
+    def seconds_left(self) -> float:
+        """What the iterations and looks to come take, by those so far; a first one also warms up."""
+        iterations = self.training.iterations - self.state.progress.iteration
+        looks = math.ceil((self.training.iterations - self._looked) / self.training.preview_every)
+        each, look = (statistics.median(self.took[kind]) for kind in ("iteration", "look"))
+        return iterations * each + looks * look
 
     @property
     def held_out(self) -> list[tuple[int, float]]:

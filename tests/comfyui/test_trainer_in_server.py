@@ -100,7 +100,8 @@ def test_progress_shows_pictures_and_words(server):
     assert ticks[-1]["value"] <= ticks[-1]["max"] == 4 * 2 * 3
     assert len(ticks) > 8
     assert len(events.previews) >= 2
-    for line in ("iteration 4 of 4, reward", "KL", "s left", "held-out"):
+    before = ("Reading ", "Loading the models", "Reading the weights", "Drawing ", "Checking that")
+    for line in (*before, "iteration 4 of 4, reward", "KL", "s left", "held-out"):
         assert line in server.log_text()
 
 

@@ -1,5 +1,7 @@
 """The alarm of Step-GRPO LoRA Trainer, and what it draws, by numbers worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -70,3 +72,14 @@ def test_curve_is_drawn_from_its_numbers(pack):
     assert rising.size == (560, 300)
     assert rising.tobytes() != falling.tobytes()
     assert draw([], [], 3).size == draw([1.0], [(0, 1.0)], 1).size == (560, 300)
+
+
+def test_time_left_is_that_of_iterations_and_looks_to_come(pack):
+    """Of 20 iterations 7 are done, with looks after 5: 13 iterations of 2 s and looks after 10, 15 and 20."""
+    run = SimpleNamespace(
+        training=SimpleNamespace(iterations=20, preview_every=5),
+        state=SimpleNamespace(progress=SimpleNamespace(iteration=7)),
+        took={"iteration": [9.0, 2.0, 2.0, 1.5, 2.0], "look": [4.0, 3.0, 3.0]},
+        _looked=5,
+    )
+    assert pack.module("nodes.grpo.run").Run.seconds_left.fget(run) == 13 * 2 + 3 * 3
