@@ -19,9 +19,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import folders
+from .score import show_on_node
 
 FORMAT, VERSION = "drm-demo-clip", "1"
 KIND = "text_encoders"
+# Letters after these are of another script.
+LAST_LATIN = 0x24F
+ENGLISH = "The demo model reads English alone: this prompt has letters that it never saw."
 
 
 class DemoTokenizer:
@@ -52,6 +56,9 @@ class DemoTokenizer:
                 f"The demo text encoder reads {self.length - 2} tokens, the prompt has {len(tokens)}: its"
                 " end is cut off."
             )
+        if any(letter.isalpha() and ord(letter) > LAST_LATIN for letter in text):
+            logging.warning(ENGLISH)
+            show_on_node(ENGLISH)
         row = [(self.bos, 1.0, 0), *tokens[: self.length - 2], (self.eos, 1.0, 0)]
         row += [(self.pad, 1.0, 0)] * (self.length - len(row))
         return [row if return_word_ids else [entry[:2] for entry in row]]

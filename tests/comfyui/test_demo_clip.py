@@ -137,3 +137,10 @@ def test_stock_saving_nodes_are_refused_before_they_write(inside, tmp_path, monk
     with pytest.raises(ValueError, match=r"cannot be saved by ComfyUI.*ModelSave"):
         saver.save(clip=inside.clip.clone(), filename_prefix="x", **models)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "told"), [("南瓜", True), ("かぼちゃ", True), ("café, 2 stars ☆", False)])
+def test_another_script_is_told_that_it_reads_english(inside, caplog, text, told):
+    with caplog.at_level(logging.WARNING):
+        inside.clip.tokenize(text)
+    assert ("The demo model reads English alone" in caplog.text) is told
