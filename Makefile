@@ -21,7 +21,7 @@ demo: env ## compare plain and step-wise sampling: output/demo/comparison.png
 test: env ## run the tests (ARGS="-k name" goes to pytest)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
-CORE := sde flow branching presets choice budget stepwise recorded_runs grpo preference
+CORE := sde flow branching presets choice budget stepwise recorded_runs grpo forward_rl preference
 test-core: ## drm's maths alone: torch, numpy and pytest are enough (RUN=python for your own)
 	@$(RUN) -m pytest -q -p no:cacheprovider $(CORE:%=tests/drm/test_%.py) $(ARGS)
 

@@ -8,7 +8,7 @@ steps.
 
 Step-GRPO's group is the k candidates drawn from one state at one step, each scored there (DRM, CVPR 2026);
 GRPO's is G trajectories of one prompt, scored at the end, the advantage given to every step (Flow-GRPO,
-2025).
+2025). forward_rl.py has the methods that learn from finished samples, without trajectories.
 
 Siblings share state and velocity, so one forward and backward of the policy serves all k of them. And because
 their advantages are known at once, on-policy Step-GRPO learns in the very pass that draws them;
@@ -34,6 +34,9 @@ Policy = Callable[[Tensor, float], Tensor]
 Score = Callable[[Tensor, float, Tensor], Tensor]
 Backward = Callable[[Tensor], object]
 
+# forward_rl.py has those that learn from finished samples.
+FORWARD_METHODS = ("nft", "awm", "step-nft", "step-awm")
+METHODS = ("step-grpo", "grpo", *FORWARD_METHODS)
 CLIP_RANGE = {"sde": 1e-4, "cps": 1e-5}
 # The noise stream that picks survivors, which no candidate has.
 _SURVIVOR_BRANCH = 0xFFFFFFFF
@@ -44,10 +47,11 @@ class GRPOSettings:
     """num_branches: k siblings, or G trajectories. clip_range: by kind when None. min_std: a group whose
     rewards
     differ less teaches nothing (k = 2 would get advantages of 1 whatever the gap). start, end: the window of
-    steps learned from, as fractions. sibling: which candidate goes on.
+    steps learned from, as fractions. sibling: which candidate goes on. kl_weight: of the KL, or of
+    the squared distance of velocities where there are no steps: in nft times 0.01, in awm times 0.1.
     """
 
-    method: Literal["step-grpo", "grpo"] = "step-grpo"
+    method: Literal["step-grpo", "grpo", "nft", "awm", "step-nft", "step-awm"] = "step-grpo"
     num_branches: Annotated[int, Range(2, 1024)] = 4  # one has no rival
     noise_level: Annotated[float, Range(0, 10, above=True)] = 0.7  # at 0 siblings are equal
     kind: Literal["sde", "cps"] = "sde"
@@ -63,7 +67,7 @@ class GRPOSettings:
         check_ranges(self)
         check_noise_level(self.noise_level, self.kind)
         wrong = [
-            (self.method not in ("step-grpo", "grpo"), "method", self.method, "step-grpo or grpo"),
+            (self.method not in METHODS, "method", self.method, f"one of {', '.join(METHODS)}"),
             (not self.start < self.end, "the window", (self.start, self.end), "start below end"),
             (self.sibling not in ("random", "best"), "sibling", self.sibling, "random or best"),
         ]
@@ -74,6 +78,16 @@ class GRPOSettings:
     @property
     def clip(self) -> float:
         return CLIP_RANGE[self.kind] if self.clip_range is None else self.clip_range
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it learns from finished samples, noised anew (forward_rl.py)."""
+        return self.method in FORWARD_METHODS
+
+    @property
+    def trajectories(self) -> int:
+        """Latents of one prompt side by side: siblings share one."""
+        return 1 if self.method == "step-grpo" else self.num_branches
 
     def learns(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps` is in the window; the last, without noise, never is."""
@@ -192,7 +206,11 @@ def _loss(
     return loss
 
 
-def _check_rollout(noise: Tensor, sigmas: Tensor, items: Sequence[int]) -> None:
+def _check_rollout(noise: Tensor, sigmas: Tensor, settings: GRPOSettings, items: Sequence[int]) -> None:
+    if settings.is_forward:
+        raise ValueError(
+            f"method is {settings.method}: roll_out walks step-grpo and grpo; take forward_rl.learn_forward"
+        )
     if len(sigmas) < 3:
         raise ValueError(
             f"{len(sigmas) - 1} steps: at least 2 are needed, the last has no noise to learn from"
@@ -282,7 +300,7 @@ def roll_out(
     sigma, item_index (n,)) -> (n,). reference: the frozen policy, needed for KL. on_step: called with a step
     and their number. ValueError for fewer than 2 steps and for parts of groups.
     """
-    _check_rollout(noise, sigmas, items)
+    _check_rollout(noise, sigmas, settings, items)
     run = _RollOut(policy, score, noise, sigmas, settings, seed, items, backward, reference, on_step)
     return _grpo(run) if settings.method == "grpo" else _step_grpo(run)
 
@@ -321,7 +339,7 @@ def walk(
     """Trajectories to the end without gradients: the clean latents (B, C, H, W), and every step of the window
     with its one candidate and advantages still 0. Steps outside the window are Euler steps.
     """
-    _check_rollout(noise, sigmas, items)
+    _check_rollout(noise, sigmas, settings, items)
     x, steps, path = noise.float(), len(sigmas) - 1, []
     for step in range(steps):
         velocity = policy(x, float(sigmas[step])).float()

@@ -112,15 +112,16 @@ def training_inputs() -> list[io.Input]:
             options=METHODS,
             default=METHODS[0],
             tooltip="step-grpo: rivals branch off at every step and are scored there. grpo: rivals are whole"
-            " trajectories, scored at the end.",
+            " trajectories, scored at the end. nft, awm: rivals are finished pictures, noised anew to learn"
+            " from; step-nft, step-awm: the DRM scores them noised. The last four are at home at cfg 1.",
         ),
         io.Int.Input(
             "num_branches",
             default=6,
             min=2,
             max=64,
-            tooltip="Rivals in a group. In step-grpo each costs a pass of the DRM, in grpo a whole"
-            " trajectory.",
+            tooltip="Rivals in a group. In step-grpo each costs a pass of the DRM, in the others a whole"
+            " picture.",
         ),
         io.Int.Input(
             "prompts_per_iteration", default=4, min=1, max=256, tooltip="Prompts an update learns from."
@@ -149,10 +150,16 @@ def training_inputs() -> list[io.Input]:
             min=0.0,
             max=100.0,
             step=0.001,
-            tooltip="How strongly the model is held to what it was. 0 saves one pass a step.",
+            tooltip="How strongly the model is held to what it was. 0 saves one pass a step. 0.01 is what"
+            " the authors of each method take.",
         ),
         io.Float.Input(
-            "noise_level", default=0.7, min=0.01, max=2.0, step=0.01, tooltip="How far rivals differ."
+            "noise_level",
+            default=0.7,
+            min=0.01,
+            max=2.0,
+            step=0.01,
+            tooltip="How far rivals differ in step-grpo and grpo.",
         ),
         io.Int.Input(
             "seed",

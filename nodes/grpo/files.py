@@ -1,7 +1,8 @@
 """What a Step-GRPO run leaves on the disk: the LoRA, and beside it the state a killed run goes on from.
 
     NAME_1a2b3c4d.safetensors     the LoRA, for the stock LoraLoader and diffusers
-    NAME_1a2b3c4d.resume          matrices, Adam's moments, their running mean, the best so far (safetensors)
+    NAME_1a2b3c4d.resume          matrices, Adam's moments, their running mean, the best so far, and with nft
+                                  and awm the old policy's matrices (safetensors)
 
 The state is written first and is what counts: a server killed between the two goes on from the newer one, and
 writes the LoRA again. 1a2b3c4d stands for everything the run depends on, so that the same node finds its own
@@ -68,17 +69,21 @@ class Progress:
 
 @dataclass
 class State:
-    """Everything that changes while a run goes on. best, average: names and matrices as in the file."""
+    """Everything that changes while a run goes on. best, average: names and matrices as in the file. old: the
+    matrices of the policy that trails, where the method has one.
+    """
 
     adapters: "Adapters"
     optimizer: torch.optim.Optimizer
     progress: Progress
     best: dict[str, Tensor] = field(default_factory=dict)
     average: list[Tensor] = field(default_factory=list)
+    old: list[Tensor] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"best.{name}": tensor for name, tensor in self.best.items()}
         found |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
+        found |= {f"old.{i}": tensor for i, tensor in enumerate(self.old)}
         for i, parameter in enumerate(self.adapters.parameters()):
             found[f"parameter.{i}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -133,11 +138,14 @@ class State:
                     "exp_avg": tensors[f"exp_avg.{i}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{i}"].to(parameter.device),
                 }
-        self.average = [
-            tensors[f"average.{i}"].to(parameter.device)
-            for i, parameter in enumerate(parameters)
-            if f"average.{i}" in tensors
-        ]
+        self.average, self.old = (
+            [
+                tensors[f"{part}.{i}"].to(parameter.device)
+                for i, parameter in enumerate(parameters)
+                if f"{part}.{i}" in tensors
+            ]
+            for part in ("average", "old")
+        )
         self.best = {
             name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")
         }

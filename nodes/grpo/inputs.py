@@ -15,7 +15,7 @@ from ..adapters import check_choice
 if TYPE_CHECKING:
     from ...drm.grpo import GRPOSettings
 
-METHODS = ["step-grpo", "grpo"]
+METHODS = ["step-grpo", "grpo", "nft", "awm", "step-nft", "step-awm"]
 LARGEST_FILE = 4 << 20
 # Every 4th prompt is kept aside, where there are enough of them.
 KEPT_ASIDE, FEWEST_TO_KEEP = 4, 4
@@ -127,7 +127,7 @@ class Training:
     @property
     def group(self) -> int:
         """Latents of one prompt that pass the network together."""
-        return self.num_branches if self.method == "grpo" else 1
+        return 1 if self.method == "step-grpo" else self.num_branches
 
     @property
     def per_iteration(self) -> int:

@@ -19,7 +19,9 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...drm.grpo import Figures, roll_out
+from ...drm.collect import collect
+from ...drm.forward_rl import learn_forward, old_decay
+from ...drm.grpo import Figures, Policy, roll_out
 from ...drm.lora import Adapters, Target, comfy_targets, named_targets
 from .. import adapters as comfy_adapters
 from .. import trunk
@@ -90,6 +92,8 @@ class Learner:
             self.adapters.parameters(), training.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4
         )
         self.state = State(self.adapters, optimizer, Progress(Watch(start=0.0)))
+        if training.settings.is_forward:
+            self.state.old = [parameter.detach().clone() for parameter in self.adapters.parameters()]
         self.notes: list[str] = []
 
     # learning
@@ -98,7 +102,8 @@ class Learner:
         """The pre-flight, one line a check; ValueError for the first that fails."""
         training, item = self.training, 0
         prompt = self.prompt(item)
-        yield preflight.check_variance(self.sigmas, training)
+        if not training.settings.is_forward:
+            yield preflight.check_variance(self.sigmas, training)
         noise = self.noise([item] * training.group)
         length = self.models.prompts[prompt][0][0].shape[1]
         values = sum(parameter.numel() for parameter in self.adapters.parameters())
@@ -148,21 +153,70 @@ class Learner:
         logging.warning("Step-GRPO: %s", self.notes[-1])
 
     def roll_out(self, policy: ComfyPolicy, item: int) -> Figures:
-        """Gradients of one prompt's trajectories, their share of the iteration's."""
+        """Gradients of one prompt's trajectories or samples, their share of the iteration's."""
         training, prompt = self.training, self.prompt(item)
         streams = [item * training.group + i for i in range(training.group)]
+        velocity = policy.of(prompt)
+        score = self.scorer(policy, self.models.drm, prompt, training.group)
+        if training.settings.is_forward:
+            return self._learn_forward(velocity, score, item, streams)
         return roll_out(
-            policy.of(prompt),
-            self.scorer(policy, self.models.drm, prompt, training.group),
+            velocity,
+            score,
             self.noise(streams),
             self.sigmas,
             training.settings,
             seed=training.seed,
             items=streams,
-            backward=lambda loss: (loss / training.prompts_per_iteration).backward(),
-            reference=lambda x, sigma: self._without(policy.of(prompt), x, sigma),
+            backward=self._backward,
+            reference=lambda x, sigma: self._without(velocity, x, sigma),
             on_step=lambda step, _: self._tick(item, step),
         )
+
+    def _learn_forward(self, velocity: Policy, score: Score, item: int, streams: list[int]) -> Figures:
+        """Pictures by the policy that learns, NFT's by the one that trails it, and what they teach."""
+        training, settings = self.training, self.training.settings
+
+        def old(x: Tensor, sigma: float) -> Tensor:
+            with self._as_old():
+                return velocity(x, sigma)
+
+        drawer, noise = old if settings.method.endswith("nft") else velocity, self.noise(streams)
+        samples, forwards = collect(
+            drawer, score, noise, self.sigmas, settings, seed=training.seed, items=streams
+        )
+        figures = learn_forward(
+            velocity,
+            score,
+            samples,
+            self.sigmas,
+            settings,
+            seed=training.seed,
+            items=streams,
+            draw=item,
+            backward=self._backward,
+            old=old,
+            reference=lambda x, sigma: self._without(velocity, x, sigma),
+            on_step=lambda level, levels: self._tick(item, level * training.steps // levels),
+        )
+        figures.forwards += forwards
+        return figures
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss / self.training.prompts_per_iteration).backward()
+
+    @contextlib.contextmanager
+    def _as_old(self) -> Iterator[None]:
+        """Within it the matrices are the old policy's; not between a forward and its backward pass."""
+        parameters = list(self.adapters.parameters())
+        kept = [parameter.data for parameter in parameters]
+        try:
+            for parameter, value in zip(parameters, self.state.old, strict=True):
+                parameter.data = value
+            yield
+        finally:
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data = value
 
     def _without(self, velocity: Callable, x: Tensor, sigma: float) -> Tensor:
         """What the frozen policy gives."""
@@ -184,6 +238,10 @@ class Learner:
                 " learning rate, or load the MODEL in bfloat16 or float32"
             )
         self.state.optimizer.step()
+        if self.state.old:
+            trailing = 1 - old_decay(self.state.progress.iteration, self.training.method)
+            for old, parameter in zip(self.state.old, self.adapters.parameters(), strict=True):
+                old.lerp_(parameter.detach(), trailing)
         decay = self.training.ema_decay
         if decay:
             now = [parameter.detach() for parameter in self.adapters.parameters()]

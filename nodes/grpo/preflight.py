@@ -1,8 +1,8 @@
 """What is checked before Step-GRPO's first update: a failed check stops with its figure and what to change.
 
 caches    nothing on the MODEL hands out the network's outputs of other steps
-ratio     exp(log p_new - log p_old) of a step walked twice is exactly 1
-variance  the stochastic path's std over the ODE's, drm.grpo.std_against_ode
+ratio     exp(log p_new - log p_old) of a step walked twice, or a sample matched twice, is exactly 1
+variance  the stochastic path's std over the ODE's, drm.grpo.std_against_ode; only where there is such a path
 memory    what autograd will hold, measured on a smaller picture, against what is free
 spread    rewards of siblings differ, and a gradient reaches the LoRA
 """
@@ -20,8 +20,8 @@ from .inputs import Training
 
 LEAST_STD, MOST_STD = 0.7, 1.5
 GB = 1 << 30
-# Gradient and Adam's two moments of a float32 matrix.
-BYTES_A_VALUE = 12
+# Gradient and Adam's two moments of a float32 matrix, and the old policy's of nft and awm.
+BYTES_A_VALUE, BYTES_OF_OLD = 12, 4
 # The key under which each wraps the sampling.
 CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
 
@@ -54,26 +54,50 @@ def check_variance(sigmas: Tensor, training: Training) -> str:
 
 
 def check_ratio(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Tensor, training) -> str:
-    """Walks the first step twice, without and with gradients."""
-    from ...drm.branching import branch_candidates
-    from ...drm.sde import transition, transition_log_prob
-
+    """Asks for the first velocity twice, without and with gradients, and compares log p."""
     settings, sigma = training.settings, float(sigmas[0])
-    step = sigmas[0], sigmas[1], settings.noise_level, settings.kind, sigmas[1]
     with torch.no_grad():
-        mean, std = transition(noise, velocity(noise, sigma), *step)
-        candidates = branch_candidates(mean, std, training.seed, 0, [0] * len(noise), range(2))
-        old = transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
-    mean, std = transition(noise, velocity(noise, sigma).detach(), *step)
-    new = transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind)
+        first = velocity(noise, sigma)
+    second = velocity(noise, sigma).detach()
+    log_probs = _matched if settings.is_forward else _walked
+    old, new = log_probs(first, second, noise, sigmas, training)
     error = (torch.exp(new - old) - 1).abs().max().item()
     if error != 0:
+        what = "noised sample matched" if settings.is_forward else "step walked"
         raise ValueError(
-            f"the same step walked twice differs: the probability ratio is off 1 by {error:.2e}, wanted 0;"
+            f"the same {what} twice differs: the probability ratio is off 1 by {error:.2e}, wanted 0;"
             " the MODEL gives different output with and without gradients, take patches and accelerators"
             " off it"
         )
     return "probability ratio before the first update: exactly 1"
+
+
+def _walked(
+    first: Tensor, second: Tensor, noise: Tensor, sigmas: Tensor, training: Training
+) -> tuple[Tensor, Tensor]:
+    """log p of candidates that the first velocity draws, by both."""
+    from ...drm.branching import branch_candidates
+    from ...drm.sde import transition, transition_log_prob
+
+    settings = training.settings
+    step = sigmas[0], sigmas[1], settings.noise_level, settings.kind, sigmas[1]
+    mean, std = transition(noise, first, *step)
+    candidates = branch_candidates(mean, std, training.seed, 0, [0] * len(noise), range(2))
+    other, other_std = transition(noise, second, *step)
+    return (
+        transition_log_prob(candidates, mean.unsqueeze(1), std.unsqueeze(1), settings.kind),
+        transition_log_prob(candidates, other.unsqueeze(1), other_std.unsqueeze(1), settings.kind),
+    )
+
+
+def _matched(
+    first: Tensor, second: Tensor, noise: Tensor, sigmas: Tensor, training: Training
+) -> tuple[Tensor, Tensor]:
+    """log p of a sample of zeros under all of its noise, by both velocities."""
+    from ...drm.forward_rl import matching_log_prob
+
+    old, new = (matching_log_prob(velocity, noise, float(sigmas[0])) for velocity in (first, second))
+    return old, new
 
 
 def check_memory(
@@ -81,9 +105,8 @@ def check_memory(
 ) -> str:
     """Forecasts memory, and has the policy spare some where that is enough. values: numbers in the LoRA."""
     free = mm.get_free_memory(policy.device)
-    fixed = BYTES_A_VALUE * values + policy.guider.inner_model.memory_required(
-        [training.group, *noise.shape[1:]]
-    )
+    a_value = BYTES_A_VALUE + BYTES_OF_OLD * training.settings.is_forward
+    fixed = a_value * values + policy.guider.inner_model.memory_required([training.group, *noise.shape[1:]])
     needed = fixed + _graph(policy, prompt, noise, text_length) * training.group
     first = needed
     while needed > free and policy.smaller(training.group):
@@ -117,9 +140,10 @@ def check_learning(summary: dict[str, float], gradients: list[Tensor | None], tr
     """summary: of a roll-out that left these gradients."""
     settings, spread = training.settings, summary["spread"]
     if summary["gated"] == 1:
+        raised = "" if settings.is_forward else "noise_level or "
         raise ValueError(
             f"the rewards of siblings differ by {spread:.2g} (std), wanted at least {settings.min_std:.2g}:"
-            " nothing can be learned from them; raise noise_level or num_branches, or choose another DRM"
+            f" nothing can be learned from them; raise {raised}num_branches, or choose another DRM"
         )
     norm = sum(float(gradient.norm()) for gradient in gradients if gradient is not None)
     if not norm > 0 or norm == float("inf"):

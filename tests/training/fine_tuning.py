@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from drm.forward_rl import ForwardSettings
 from drm.grpo import GRPOSettings
 from tests.tiny import build_demo_family
 from training.data.prompt_cache import write_prompts
@@ -52,6 +53,7 @@ def make_config(
     *,
     out: str,
     grpo: dict | None = None,
+    forward: dict | None = None,
     rollout: dict | None = None,
     evaluate: dict | None = None,
     model: dict | None = None,
@@ -79,6 +81,7 @@ def make_config(
             encoded=str(folder / "prompts"),
         ),
         grpo=GRPOSettings(**{"num_branches": 3, "min_std": 1e-5, **(grpo or {})}),
+        forward=ForwardSettings(**(forward or {})),
         rollout=RolloutConfig(
             **{"prompts": 5, "micro_prompts": 8, "steps": 4, "cfg": 2.0, "resolution": 32, **(rollout or {})}
         ),

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: whole, written to a temporary name and renamed, the last few kept.
 
-    OUT/step_00000500/state.safetensors   model.*, optimizer.*, ema.*: what learns, from all processes
+    OUT/step_00000500/state.safetensors   model.*, optimizer.*, ema.*, old.*: what learns, from all processes
     OUT/step_00000500/state.json          the step, the configuration's hash, the optimizer's plain numbers
 
 Full tensors under the names of the unwrapped model: a run goes on with any number of processes, wrapped in
@@ -55,11 +55,14 @@ class Averaged:
         self.learned = [(n, p) for n, p in model.named_parameters() if p.requires_grad] if decay else []
         self.values = [parameter.detach().clone() for _, parameter in self.learned]
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        self.follow(min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Keeps the share `decay` of itself; the rest is what learns now."""
         for value, (_, parameter) in zip(self.values, self.learned, strict=True):
-            value.lerp_(parameter.detach(), weight)
+            value.lerp_(parameter.detach(), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -70,15 +73,18 @@ class Averaged:
             value.copy_(kept)
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
+def gather(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged, old: Averaged | None = None
+) -> dict:
     """{"tensors": name -> CPU tensor, "optimizer": plain numbers}; every process takes part, the first gets
-    it, the others may get nothing.
+    it, the others may get nothing. old: more averages, see `Run`.
     """
     tensors = _weights(model, "model")
-    if averaged.values:
-        averaged.swap()
-        tensors |= _weights(model, "ema")
-        averaged.swap()
+    for part, values in (("ema", averaged), ("old", old)):
+        if values is not None and values.values:
+            values.swap()
+            tensors |= _weights(model, part)
+            values.swap()
     if isinstance(optimizer, torch.optim.Optimizer):
         from torch.distributed.checkpoint import state_dict as distributed
 
@@ -180,7 +186,13 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Averaged) -> dict:
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averaged: Averaged,
+    old: Averaged | None = None,
+) -> dict:
     """Puts a checkpoint into model, optimizer and averages in place; returns its facts (step, ...)."""
     from torch.distributed.checkpoint import state_dict as distributed
 
@@ -190,13 +202,14 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, av
         tensors = load_file(folder / "state.safetensors")
     except (OSError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "old": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
-    if averaged.values:
-        distributed.set_model_state_dict(model, parts["ema"], options=scatter)
-        averaged.swap()
+    for part, values in (("ema", averaged), ("old", old)):
+        if values is not None and values.values:
+            distributed.set_model_state_dict(model, parts[part], options=scatter)
+            values.swap()
     distributed.set_model_state_dict(model, parts["model"], options=scatter)
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in parts["optimizer"].items():

@@ -54,7 +54,8 @@ def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ada
 
 class Run:
     """Where a training stands. learned: the unwrapped module whose weights that ask for gradients learn.
-    identity: what must be the same for a run to go on. Every process makes one; the first writes.
+    identity: what must be the same for a run to go on. trails: whether a second set of what learns follows
+    it, the old policy, by a decay of its own. Every process makes one; the first writes.
     """
 
     def __init__(
@@ -66,14 +67,20 @@ class Run:
         settings: Settings,
         identity: dict,
         config_hash: str,
+        trails: bool = False,
     ) -> None:
         self.accelerator, self.out, self.settings = accelerator, out, settings
         self.main = accelerator.is_main_process
         self.learned, self.optimizer = learned, optimizer
         self.averaged = checkpoints.Averaged(learned, settings.ema)
+        self.old = checkpoints.Averaged(learned, 1.0 if trails else 0.0)
         self._engine = accelerator.deepspeed_engine_wrapped.engine if zero.is_zero(accelerator) else None
         self.identity, self.config_hash = identity, config_hash
         self._log, self._bar = None, None
+
+    @property
+    def _state(self) -> tuple:
+        return self.learned, self.optimizer, self.averaged, self.old
 
     def resume(self) -> int:
         """The step to go on from, with the weights of its checkpoint and logs that end before it; 0 without
@@ -81,7 +88,7 @@ class Run:
         """
         folder, step = checkpoint_of(self.out, self.identity), None
         if folder is not None:
-            step = checkpoints.restore(folder, self.learned, self.optimizer, self.averaged)["step"]
+            step = checkpoints.restore(folder, *self._state)["step"]
         if self.main:
             cut_log(self.out / LOG, step or 0)
             cut_log(self.out / EVALUATION, 0 if step is None else step + 1)
@@ -112,11 +119,19 @@ class Run:
         else:
             zero.backward(self._engine, loss, last)
 
-    def update(self, step: int, loss: float, advice: str, averages: int | None = None) -> float:
+    def update(
+        self,
+        step: int,
+        loss: float,
+        advice: str,
+        averages: int | None = None,
+        old_decay: float | None = None,
+    ) -> float:
         """One step of the optimiser on the gradients as they are; their norm before it is cut.
 
-        averages: the number of this update of the averages; None leaves them as they are. TrainingError that
-        ends with `advice` when the loss or the norm is not finite; then no weight was changed.
+        averages: the number of this update of the averages; None leaves them as they are. old_decay: of the
+        set that trails. TrainingError that ends with `advice` when the loss or the norm is not finite; then
+        no weight was changed.
         """
         if self._engine is None:
             parameters = [p for p in self.learned.parameters() if p.requires_grad]
@@ -133,6 +148,8 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
         if averages is not None:
             self.averaged.update(averages)
+        if old_decay is not None:
+            self.old.follow(old_decay)
         return norm
 
     def record(self, row: dict, shown: dict[str, str]) -> None:
@@ -157,21 +174,29 @@ class Run:
         path = self.out / EVALUATION
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    @contextlib.contextmanager
-    def with_averages(self) -> Iterator[None]:
+    def with_averages(self) -> contextlib.AbstractContextManager[None]:
         """The averaged weights in place of those that learn."""
-        self.averaged.swap()
-        try:
-            yield
-        finally:
-            self.averaged.swap()
+        return _swapped(self.averaged)
+
+    def with_old(self) -> contextlib.AbstractContextManager[None]:
+        """The set that trails in place of what learns; not between a forward and its backward pass."""
+        return _swapped(self.old)
 
     def save_if_due(self, done: int, total: int) -> None:
         """A checkpoint every `save_every` steps and after the last; CheckpointError when it cannot be."""
         if done % self.settings.save_every and done != total:
             return
-        gathered = checkpoints.gather(self.learned, self.optimizer, self.averaged)
+        gathered = checkpoints.gather(*self._state)
         if self.main:
             facts = {"run": self.identity, "config": self.config_hash}
             checkpoints.write(self.out, done, gathered, facts, self.settings.keep)
         self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _swapped(values: checkpoints.Averaged) -> Iterator[None]:
+    values.swap()
+    try:
+        yield
+    finally:
+        values.swap()

@@ -2,11 +2,11 @@
 
     python -m training.grpo.cost --config training/configs/step_grpo_24gb.yaml
 
-Weights of policy and reward model, the LoRA with gradients, Adam's two moments and the averages, and for
-every latent of a micro-batch what autograd keeps for the backward pass, counted on fake tensors of the real
-shapes of SD3.5-Medium. With checkpointing one block is recomputed at a time, so its share is added. Not in
-it: the CUDA context, workspaces, fragmentation, the text encoders (gone before the rest is loaded), the VAE;
-a fifth on top is prudent.
+Weights of policy and reward model, the LoRA with gradients, Adam's two moments and the averages, with nft and
+awm a second LoRA for the old policy, and for every latent of a micro-batch what autograd keeps for the
+backward pass, counted on fake tensors of the real shapes of SD3.5-Medium. With checkpointing one block is
+recomputed at a time, so its share is added. Not in it: the CUDA context, workspaces, fragmentation, the text
+encoders (gone before the rest is loaded), the VAE; a fifth on top is prudent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from drm.backbone import TruncatedSD3, sd35_medium_config
+from drm.forward_rl import asks_old
 from drm.lora import LORA_TARGETS
 from training.config import ConfigError
 from training.grpo.diffusers_policy import DiffusersPolicy
@@ -95,7 +96,7 @@ def forecast(config: StepGRPOConfig, shape: dict | None = None) -> dict[str, flo
     model, rollout, settings, shape = config.model, config.rollout, config.grpo, shape or SD35_MEDIUM
     half, side = model.precision == "bf16", rollout.resolution // 8
     tokens = CLIP_TOKENS + (config.data.t5_length or 0)
-    each = settings.num_branches if settings.method == "grpo" else 1
+    each = settings.trajectories
     latents = rollout.micro_prompts * each
     policy = meta_policy(shape, model.lora_rank, half=half, checkpointing=model.gradient_checkpointing)
     learned = sum(p.numel() for p in policy.learned.values())
@@ -107,26 +108,51 @@ def forecast(config: StepGRPOConfig, shape: dict | None = None) -> dict[str, flo
         each_latent += (w_two - w_one) / shape["num_layers"]
     with torch.device("meta"):
         reward = TruncatedSD3(sd35_medium_config()).to(torch.bfloat16 if half else torch.float32)
-    learns = sum(settings.learns(step, rollout.steps) for step in range(rollout.steps))
-    guided = 2 if rollout.cfg != 1 else 1
-    prompts = rollout.prompts
+    copies = 4 + bool(config.train.ema) + settings.is_forward
     return {
         "learned parameters": learned,
         "policy": (size_of(policy) - 4 * learned) / GIB,
         "reward model": size_of(reward) / GIB,
-        "LoRA, gradients, Adam, averages": 4 * learned * (5 if config.train.ema else 4) / GIB,
+        "LoRA, gradients, Adam, averages": 4 * learned * copies / GIB,
         "kept for the backward pass": (fixed + latents * each_latent) / GIB,
         "latents at once": latents,
-        "passes with gradients": prompts * each * learns,
-        "passes without": prompts
-        * each
-        * (
-            (learns * (guided - 1))  # the unconditional branch
-            + (learns * guided if settings.kl_weight else 0)
-            + (guided * rollout.steps if settings.method == "grpo" else 0)
-        ),
-        "scored": prompts * settings.num_branches * (learns if settings.method == "step-grpo" else 1),
+        **passes(config),
     }
+
+
+def passes(config: StepGRPOConfig) -> dict[str, int]:
+    """Latents an iteration through the policy with gradients and without, and through the reward model."""
+    rollout, settings, forward = config.rollout, config.grpo, config.forward
+    guided = 2 if rollout.cfg != 1 else 1
+    trajectories = rollout.prompts * settings.trajectories
+    learns = sum(settings.learns(step, rollout.steps) for step in range(rollout.steps))
+    if settings.is_forward:
+        learns = forward.noise_levels
+    without = learns * (guided - 1)  # the unconditional branch
+    without += learns * guided if settings.kl_weight else 0
+    if settings.is_forward:
+        without += learns * guided if asks_old(settings, forward) else 0
+    if settings.method != "step-grpo":
+        without += guided * rollout.steps * (forward.collector_branches if _best_of(config) else 1)
+    scored = rollout.prompts * settings.num_branches
+    scored *= learns if settings.method.startswith("step-") else 1
+    return {
+        "passes with gradients": trajectories * learns,
+        "passes without": trajectories * without,
+        "scored": scored + trajectories * _scored_while_drawing(config),
+    }
+
+
+def _best_of(config: StepGRPOConfig) -> bool:
+    return config.grpo.is_forward and config.forward.collector == "best-of"
+
+
+def _scored_while_drawing(config: StepGRPOConfig) -> int:
+    """Latents that the collector has scored for one sample; the last step of step-wise scores nothing."""
+    forward = config.forward
+    if not config.grpo.is_forward or forward.collector == "euler":
+        return 0
+    return forward.collector_branches * (1 if forward.collector == "best-of" else config.rollout.steps - 1)
 
 
 def main(arguments: list[str] | None = None) -> int:

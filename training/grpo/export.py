@@ -45,7 +45,9 @@ def lora_facts(
         "rank": config.model.lora_rank,
         "base": hashes[0],
         "reward": hashes[1],
-        "config": {key: tree[key] for key in ("grpo", "rollout", "train", "evaluate")},
+        "config": {
+            key: tree[key] for key in ("grpo", "forward", "rollout", "train", "evaluate") if key in tree
+        },
         "config_sha256": config.hash(),
         "best_by": config.evaluate.best_by,
         "curve": [list(point) for point in curve],

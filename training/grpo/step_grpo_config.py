@@ -3,7 +3,8 @@
 version: 1
 model:    base and reward model, the LoRA, how numbers are kept
 data:     prompts to learn from, prompts held out, and their embeddings
-grpo:     the algorithm, `method: step-grpo` or `method: grpo` (drm.grpo.GRPOSettings)
+grpo:     the algorithm, `method: step-grpo`, grpo, nft, awm, step-nft, step-awm (drm.grpo.GRPOSettings)
+forward:  what the last four have of their own (drm.forward_rl.ForwardSettings)
 rollout:  how many prompts, steps, guidance, size
 train:    optimiser and what is saved (`python -m training.train_step_grpo`)
 evaluate: how held-out prompts are drawn and scored
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from drm.forward_rl import ForwardSettings
 from drm.grpo import GRPOSettings
 from drm.ranges import Count, Decay, Positive, Range, Seed
 from training.config import (
@@ -53,8 +55,8 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """`prompts` an iteration over all processes, at most `micro_prompts` at once on one (GRPO then has
-    num_branches latents for each of them at once).
+    """`prompts` an iteration over all processes, at most `micro_prompts` at once on one (all methods but
+    step-grpo then have num_branches latents for each of them at once).
     """
 
     prompts: Count = 48
@@ -117,6 +119,7 @@ class StepGRPOConfig:
     data: PromptsConfig
     train: OptimizerConfig
     grpo: GRPOSettings = dataclasses.field(default_factory=GRPOSettings)
+    forward: ForwardSettings = dataclasses.field(default_factory=ForwardSettings)
     rollout: RolloutConfig = RolloutConfig()
     evaluate: HeldOutConfig = HeldOutConfig()
     licence: str = "unknown"
@@ -134,6 +137,8 @@ class StepGRPOConfig:
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
         free = {"out", "iterations", "save_every", "keep", "patience", "pictures_every"}
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in free}
+        if not self.grpo.is_forward:
+            tree.pop("forward")
         tree["rollout"].pop("micro_prompts")
         tree["data"].pop("encoders")
         tree["model"].pop("gradient_checkpointing")

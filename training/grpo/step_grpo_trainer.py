@@ -7,6 +7,7 @@ the adapters on and off, of which DDP would make nothing but trouble.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from drm import DRM, flow, grpo
 from drm.checkpoint import load_whole_drm
+from drm.collect import collect
+from drm.forward_rl import learn_forward, old_decay
 from drm.lora import load_lora
 from training.data.batches import Share, generator
 from training.data.decoders import load_decoder
@@ -76,6 +79,7 @@ class StepGRPOTrainer:
             self.settings,
             self._identity(),
             config.hash(),
+            trails=config.grpo.is_forward,
         )
         self.curve: list[tuple[int, float]] = []
 
@@ -112,6 +116,10 @@ class StepGRPOTrainer:
         self._export(RESULT, done)
         self.accelerator.end_training()
 
+    @property
+    def method(self) -> str:
+        return self.config.grpo.method
+
     def _identity(self) -> dict:
         digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
         return {**self.config.identity(), "prompts": digest}
@@ -121,7 +129,7 @@ class StepGRPOTrainer:
         if start == 0:
             self._look(0)
         total = self.settings.iterations
-        for iteration in self.progress.steps(start, total, self.config.grpo.method):
+        for iteration in self.progress.steps(start, total, self.method):
             if self._out_of_patience():
                 self.progress.say(
                     f"the held-out score has not risen since iteration {self._best()[0]}: stopping"
@@ -149,14 +157,18 @@ class StepGRPOTrainer:
         figures = tally.summary(self.accelerator)
         every = self.settings.ema_every
         averages = iteration // every if (iteration + 1) % every == 0 else None
-        norm = self.progress.update(iteration, figures["loss"], "set model.precision to 'no'", averages)
+        trailing = self.config.forward.trailing
+        decay = old_decay(iteration, self.method, trailing) if self.config.grpo.is_forward else None
+        norm = self.progress.update(
+            iteration, figures["loss"], "set model.precision to 'no'", averages, decay
+        )
         seconds = round(time.perf_counter() - begun, 3)
         return {"step": iteration, **figures, "grad_norm": norm, "seconds": seconds}
 
     def _roll_out(self, iteration: int, slots: list[int], tally: Tally) -> None:
         """One micro-batch: drawn, scored and learned from."""
         settings, seed = self.config.grpo, self.settings.seed
-        each = settings.num_branches if settings.method == "grpo" else 1
+        each = settings.trajectories
         items = [slot * each + branch for slot in slots for branch in range(each)]
         side = self.config.rollout.resolution // 8
         shape = (self.policy.transformer.config.in_channels, side, side)
@@ -183,21 +195,56 @@ class StepGRPOTrainer:
             (share * loss).backward()
             tally.sums["loss"] += share * loss.item()
 
+        known = {
+            "seed": int(torch.randint(2**62, (), generator=generator(seed, BRANCHES, iteration))),
+            "items": items,
+            "backward": backward,
+            "reference": reference,
+        }
+        noise = noise.to(self.device)
         try:
-            figures = grpo.roll_out(
-                policy,
-                score,
-                noise.to(self.device),
-                self.sigmas,
-                settings,
-                seed=int(torch.randint(2**62, (), generator=generator(seed, BRANCHES, iteration))),
-                items=items,
-                backward=backward,
-                reference=reference,
-            )
+            if settings.is_forward:
+                figures = self._learn_forward(policy, score, noise, **known)
+            else:
+                figures = grpo.roll_out(policy, score, noise, self.sigmas, settings, **known)
         except ValueError as error:
             raise TrainingError(f"iteration {iteration}: {error}") from error
         tally.add(figures, len(items))
+
+    def _learn_forward(
+        self,
+        policy: grpo.Policy,
+        score: grpo.Score,
+        noise: Tensor,
+        *,
+        seed: int,
+        items: list[int],
+        backward: grpo.Backward,
+        reference: grpo.Policy,
+    ) -> grpo.Figures:
+        """Samples by the policy that learns, NFT's by the one that trails it, and what they teach."""
+        settings = self.sigmas, self.config.grpo, self.config.forward
+        drawer = self.progress.with_old() if self.method.endswith("nft") else contextlib.nullcontext()
+        with drawer:
+            samples, forwards = collect(policy, score, noise, *settings, seed=seed, items=items)
+
+        def old(x: Tensor, sigma: float) -> Tensor:
+            with self.progress.with_old():
+                return policy(x, sigma)
+
+        figures = learn_forward(
+            policy,
+            score,
+            samples,
+            *settings,
+            seed=seed,
+            items=items,
+            backward=backward,
+            old=old,
+            reference=reference,
+        )
+        figures.forwards += forwards
+        return figures
 
     def _add_up_gradients(self) -> None:
         parameters = list(self.learned.values())
