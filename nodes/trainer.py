@@ -19,6 +19,7 @@ from .grpo.run import Run, say
 from .grpo.watch import counted
 from .loader import DRMModel
 from .sampler import MAX_SEED
+from .schema import found_by
 from .score import show_on_node
 from .step_loop import check
 
@@ -33,8 +34,9 @@ class StepGRPOLoRATrainer(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="StepGRPOLoRATrainer",
-            display_name="Step-GRPO LoRA Trainer",
+            display_name="Step-GRPO LoRA Trainer (reward fine-tuning)",
             category="DRM",
+            **found_by("reward", "grpo", "reinforcement", "fine-tune", "LoRA", "train", "NFT", "AWM"),
             description="Trains a LoRA that makes the model's pictures score higher with the DRM."
             " Cancel keeps what was learned; queued again, the same node goes on from there.",
             inputs=training_inputs(),

@@ -65,7 +65,7 @@ NODES = {
         ["DRM_MODEL", "STRING", "STRING", "IMAGE"],
     ),
     "StepGRPOLoRATrainer": (
-        "Step-GRPO LoRA Trainer",
+        "Step-GRPO LoRA Trainer (reward fine-tuning)",
         (
             "model drm clip prompts width height steps cfg method num_branches prompts_per_iteration"
             " iterations learning_rate rank alpha kl_weight noise_level seed save_every preview_every"
