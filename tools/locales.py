@@ -8,7 +8,6 @@ missing, and texts whose English is not that of the last commit while their tran
 """
 
 import json
-import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,20 +20,30 @@ LOCALES = ROOT / "locales"
 Texts = dict[str, str]  # "DRMLoader.inputs.dtype.tooltip" -> the text
 
 
+def ours(object_info: dict[str, Any]) -> dict[str, Any]:
+    """This pack's part of /object_info."""
+    return {key: node for key, node in object_info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
+
+
+def inputs(node: dict[str, Any]) -> list[tuple[str, tuple[Any, dict[str, Any]]]]:
+    """(name, (type or choices, options)) of every input."""
+    known = node["input"].get("required", {}) | node["input"].get("optional", {})
+    return [(name, (kind, rest[0] if rest else {})) for name, (kind, *rest) in known.items()]
+
+
 def english(object_info: dict[str, Any]) -> Texts:
-    """Every text of this pack's nodes, from what /object_info says of them."""
-    found: Texts = {}
-    for node_id, node in object_info.items():
-        if node["python_module"] == f"custom_nodes.{PACK}":
-            found |= {f"{node_id}.{key}": text for key, text in node_texts(node).items()}
-    return found
+    """Every text of this pack's nodes."""
+    return {
+        f"{node_id}.{key}": text
+        for node_id, node in ours(object_info).items()
+        for key, text in node_texts(node).items()
+    }
 
 
 def node_texts(node: dict[str, Any]) -> Texts:
     """Display name, description, and a name and tooltip for each input and output of one node."""
     texts = {"display_name": node["display_name"], "description": node["description"]}
-    for name, (_, *rest) in (node["input"].get("required", {}) | node["input"].get("optional", {})).items():
-        options = rest[0] if rest else {}
+    for name, (_, options) in inputs(node):
         key = f"inputs.{name.replace('.', '_')}"  # as the page's normalizeI18nKey does
         texts[f"{key}.name"] = options.get("display_name") or name
         texts[f"{key}.tooltip"] = options.get("tooltip")
@@ -49,13 +58,10 @@ def node_texts(node: dict[str, Any]) -> Texts:
 def choices(object_info: dict[str, Any]) -> dict[str, list[str]]:
     """{"DRMSearch.inputs.choice": ["greedy", "softmax"], ...}; the page does not translate them."""
     found = {}
-    for node_id, node in object_info.items():
-        if node["python_module"] == f"custom_nodes.{PACK}":
-            for name, (kind, *rest) in (
-                node["input"].get("required", {}) | node["input"].get("optional", {})
-            ).items():
-                values = kind if isinstance(kind, list) else (rest[0] if rest else {}).get("options", [])
-                found[f"{node_id}.inputs.{name}"] = [value for value in values if isinstance(value, str)]
+    for node_id, node in ours(object_info).items():
+        for name, (kind, options) in inputs(node):
+            values = kind if isinstance(kind, list) else options.get("options", [])
+            found[f"{node_id}.inputs.{name}"] = [value for value in values if isinstance(value, str)]
     return found
 
 
@@ -108,14 +114,6 @@ def to_translate(texts: Texts, translated: Texts, texts_before: Texts, translate
         if key not in translated
         or (texts_before.get(key, text) != text and translated_before.get(key) == translated[key])
     ]
-
-
-def refers_to(text: str) -> set[str]:
-    """What a translation must repeat: numbers, paths, identifiers, names with capitals inside (LATENT, SD3.5)."""
-    numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?!\w)", text)
-    paths = re.findall(r"[\w.-]*\w(?:[/_][\w.-]*\w)+|\.[a-z]{3,}\b", text)
-    names = re.findall(r"[A-Za-z0-9.-]*[A-Z0-9][A-Za-z0-9.-]*[A-Z][\w.-]*\w|[A-Z][a-z]+[A-Z]\w+", text)
-    return {*numbers, *paths, *names}
 
 
 def main() -> None:
