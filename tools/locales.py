@@ -1,10 +1,10 @@
-"""The words on the nodes, in every language: locales/<language>/nodeDefs.json, which ComfyUI hands to its page.
+"""The words on the nodes, in every language: locales/<language>/nodeDefs.json, which ComfyUI's page reads.
 
-    python -m tools.locales        # after a text of a node has changed
+    python -m tools.locales        # after a text of a node has changed, before the commit
 
-English comes from the nodes themselves, through a real server. The other languages are written by hand; they get
-English's order, lose what no node has any more, and what a translator has to look at is printed: texts that are
-missing, and texts whose English is not that of the last commit while their translation still is.
+English comes from the nodes themselves, through a real server. The other languages are written by hand; they
+get English's order, lose what no node has any more, and what a translator has to look at is printed: texts
+that are missing, and texts whose English is not that of the last commit while their translation still is.
 """
 
 import json
@@ -107,7 +107,7 @@ def committed(language: str) -> Texts:
 
 
 def to_translate(texts: Texts, translated: Texts, texts_before: Texts, translated_before: Texts) -> list[str]:
-    """Keys without a translation, and keys whose English has changed since the last commit but nothing else."""
+    """Keys without a translation, and keys of which only the English has changed since the last commit."""
     return [
         key
         for key, text in texts.items()
