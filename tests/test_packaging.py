@@ -80,6 +80,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_archive_holds_the_pack_and_not_the_house(archive: zipfile.ZipFile):
     names = set(archive.namelist())
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE"} <= names
+    assert {"locales/zh/nodeDefs.json", "locales/ja/nodeDefs.json", "web/docs/DRMPick/zh.md"} <= names
     assert {"nodes/adapters.py", "nodes/sampler.py", "drm/stepwise.py", "drm/model.py"} <= names
     assert not [
         name for name in names if name.startswith(("tests/", "tools/", "benchmarks/", "training/demo/"))
