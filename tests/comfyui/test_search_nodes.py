@@ -154,28 +154,50 @@ def test_error_is_one_clear_sentence(server, case):
     assert len(message) < 400
 
 
-def old_graph(name):
-    """A bundled graph as it was saved before there were presets."""
+START = [7, "fixed", 20, 1.5, "simple", 1.0]
+BRANCHES = [6, 0.5, "cps", 0.2, 0.8]
+KEPT = {
+    "num_branches": 6,
+    "noise_level": 0.5,
+    "kind": "cps",
+    "branch_start": 0.2,
+    "branch_end": 0.8,
+    "seed": 7,
+}
+
+
+def old_graph(name, widgets):
+    """A bundled graph with the widgets' values of some nodes as an earlier version saved them."""
     graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
     for entry in graph["nodes"]:
-        if entry["type"] in ("StepwiseKSampler", "StepwiseSampler"):
-            entry["widgets_values"] = entry["widgets_values"][: 11 if "latent_image" in str(entry) else 7]
+        if entry["type"] in widgets:
+            entry["widgets_values"] = widgets[entry["type"]]
     return graph
 
 
 @pytest.mark.parametrize(
-    ("name", "node_type"),
+    ("name", "node_type", "values"),
     [
-        ("Reward-guided text to image", "StepwiseKSampler"),
-        ("Reward-guided custom sampler", "StepwiseSampler"),
+        ("Reward-guided text to image", "StepwiseKSampler", [*START, *BRANCHES]),
+        ("Reward-guided custom sampler", "StepwiseSampler", [*BRANCHES, 7, "fixed"]),
     ],
 )
-def test_an_older_graph_opens_with_its_old_meaning(page, name, node_type):
-    report = page.open_workflow(old_graph(name), f"older_{name}")
+@pytest.mark.parametrize("later", [[], ["fast", 12.5]])
+def test_an_older_graph_opens_with_its_old_meaning(page, name, node_type, values, later):
+    """From before there were presets, and from before they led."""
+    report = page.open_workflow(old_graph(name, {node_type: values + later}), f"older_{name}")
     assert report.console_errors == []
     widgets = report.widgets(node_type)
-    assert (widgets["preset"], widgets["seconds"]) == ("custom", 0)
-    assert (widgets["num_branches"], widgets["branch_end"]) == (4, 0.9)
+    preset, seconds = later or ["custom", 0]
+    assert (widgets["preset"], widgets["seconds"], widgets["film_strip"]) == (preset, seconds, 0)
+    assert {key: widgets[key] for key in KEPT} == KEPT
+
+
+def test_an_older_plot_shows_the_picture_it_showed(page):
+    """Pictures were counted from 0."""
+    graph = old_graph("Reward-guided text to image", {"DRMTracePlot": [1, "as given", 600, 300]})
+    widgets = page.open_workflow(graph, "older_plot").widgets("DRMTracePlot")
+    assert widgets == {"scores": "as given", "width": 600, "height": 300, "picture": 2}
 
 
 def test_an_older_search_keeps_what_is_left(page):
