@@ -311,15 +311,15 @@ FAILS_RUNNING = {
     "plot of a picture that is not there": (
         lambda: (
             custom_graph(noise_seed=77)
-            | {"14": {**custom_graph()["14"], "inputs": custom_graph()["14"]["inputs"] | {"item": 3}}}
+            | {"14": {**custom_graph()["14"], "inputs": custom_graph()["14"]["inputs"] | {"picture": 3}}}
         ),
-        "item is 3: the trace holds 1 picture",
+        "picture is 3: this run drew 1, give a number from 1 to 1",
     ),
 }
 
 REFUSED = {
     "sigma too high": (lambda: score_graph(sigma=1.5), "1.5 bigger than max of 1"),
-    "sigma below 0": (lambda: score_graph(sigma=-0.5), "-0.5 smaller than min of 0"),
+    "sigma below -1": (lambda: score_graph(sigma=-1.5), "-1.5 smaller than min of -1"),
     "k of 0": (lambda: stepwise_graph(num_branches=0), "0 smaller than min of 1"),
     "steps of 0": (lambda: stepwise_graph(steps=0), "0 smaller than min of 1"),
 }
