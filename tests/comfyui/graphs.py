@@ -115,7 +115,7 @@ def custom_graph(prefix: str = "custom", noise_seed: int = 5, steps: int = 3, **
             "DRMTracePlot",
             trace=["7", 1],
             latent=["11", 0],
-            item=0,
+            picture=1,
             scores="as given",
             width=320,
             height=200,

@@ -68,7 +68,7 @@ def test_ranks_best_sorted_and_index(score):
     assert index == order[:3]
     assert torch.equal(best, batch[order[:3]])
     assert torch.equal(ordered, batch[order])
-    wanted = [f"{rank}. picture {i}: {scores[i]:+.4f}" for rank, i in enumerate(order, start=1)]
+    wanted = [f"{rank}. picture {i + 1}: {scores[i]:+.2f}" for rank, i in enumerate(order, start=1)]
     assert ranks.splitlines() == wanted
 
 
@@ -129,7 +129,7 @@ def test_a_score_does_not_depend_on_the_batch(score):
 
 def test_alpha_is_left_out_of_the_score_and_stays_in_the_picture(score):
     batch = images(3, channels=4)
-    scores, _, best, _, index = score(batch)
+    scores, _, best, _, index, _ = score(batch)
     assert scores == pytest.approx(score(batch[..., :3])[0], rel=1e-6)
     assert torch.equal(best, batch[index])
 
@@ -183,9 +183,9 @@ def test_the_scorer_is_loaded_whole_and_kept_until_its_files_change(score, modul
     first = score(images(), scorer="other")[0]
     before = module.DRMScoreImage.fingerprint_inputs(scorer="other", prompt=PROMPT)
     assert score(images(), scorer="other")[0] == first
-    (one,), settings = loads[0]
+    (one,), _ = loads[0]
     assert loads[1][0][0] is one
-    assert settings == {"force_full_load": True}
+    assert type(one).__name__ == "WholePatcher"
     assert any(loaded.model is one for loaded in mm.current_loaded_models)
 
     write_tiny_clip(scorers / "other", seed=2)
@@ -300,7 +300,7 @@ def test_through_the_server(server, base_dir, tmp_path):
     order = sorted(range(3), key=lambda i: -wanted[i])
     lines = result.outputs["5"]["text"][0].splitlines()
     assert [float(line.split(": ")[1]) for line in lines] == pytest.approx(
-        [wanted[i] for i in order], abs=2e-4
+        [wanted[i] for i in order], abs=0.006
     )
     saved = [Image.open(io.BytesIO(server.view(picture))).convert("RGB") for picture in result.images("6")]
     for picture, i in zip(saved, order[:2], strict=True):  # Save Image cuts where the scorer rounds
