@@ -13,10 +13,13 @@ from ...drm.text_files import EncodingError, read_text
 from ..adapters import check_choice
 
 if TYPE_CHECKING:
+    from ...drm.forward_rl import ForwardSettings
     from ...drm.grpo import GRPOSettings
 
 METHODS = ["step-grpo", "grpo", "nft", "awm", "step-nft", "step-awm"]
 LARGEST_FILE = 4 << 20
+# Of a picture in nft and awm, as AWM's authors have it; never more than there are sigmas to learn at.
+NOISE_LEVELS = 6
 # Every 4th prompt is kept aside, where there are enough of them.
 KEPT_ASIDE, FEWEST_TO_KEEP = 4, 4
 PICTURES = 8
@@ -123,6 +126,12 @@ class Training:
             noise_level=self.noise_level,
             kl_weight=self.kl_weight,
         )
+
+    @property
+    def forward(self) -> "ForwardSettings":
+        from ...drm.forward_rl import ForwardSettings
+
+        return ForwardSettings(noise_levels=min(NOISE_LEVELS, self.steps - 1))
 
     @property
     def group(self) -> int:

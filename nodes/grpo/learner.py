@@ -183,7 +183,7 @@ class Learner:
 
         drawer, noise = old if settings.method.endswith("nft") else velocity, self.noise(streams)
         samples, forwards = collect(
-            drawer, score, noise, self.sigmas, settings, seed=training.seed, items=streams
+            drawer, score, noise, self.sigmas, settings, training.forward, seed=training.seed, items=streams
         )
         figures = learn_forward(
             velocity,
@@ -191,6 +191,7 @@ class Learner:
             samples,
             self.sigmas,
             settings,
+            training.forward,
             seed=training.seed,
             items=streams,
             draw=item,

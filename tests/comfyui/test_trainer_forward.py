@@ -24,6 +24,13 @@ def test_the_node_offers_every_method(pack):
     assert list(METHODS) == pack.module("nodes.grpo.inputs").METHODS
 
 
+def test_a_picture_has_no_more_noise_levels_than_there_are_sigmas(pack):
+    training = pack.module("nodes.grpo.inputs").Training
+    settings = {key: value for key, value in SMALL.items() if key != "lora_name"} | {"prompts": ("one",)}
+    found = [training(**settings | {"steps": steps}).forward.noise_levels for steps in (2, 4, 10)]
+    assert found == [1, 3, 6]
+
+
 @pytest.mark.parametrize("method", FORWARD_METHODS)
 def test_it_learns_and_saves(inside, output, clean, method):  # noqa: F811
     _, lora, loss, steps, image, report = train(inside, method=method, vae=inside.vae)
