@@ -22,7 +22,7 @@ class TraceStep:
 class Trace:
     """What a run did. spent: {"denoise": calls of the policy, "scored": candidates, "seconds": all of it};
     with a head on the policy's own network also "trunk": what scoring walked of it, in passes of one picture,
-    and "reused": what of that the policy needed not walk again.
+    and "reused": what of that the policy needed not walk again; with a film strip "film": calls for it.
     forks: what a caller of sample_stepwise keeps of the candidates, for pictures; not in the JSON.
     to_json and from_json are exact inverses but for that.
     """

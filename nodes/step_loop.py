@@ -157,19 +157,16 @@ def sample_with_drm(
     settings = replace(branching, noise_scale=noise_scale)
     adapters.load_beside(guider, drm)
     framed = _framed_as(x)
-    masked = None
-    # Without injected noise nothing strays.
-    if extra_args.get("denoise_mask") is not None and not settings.chosen().is_quiet():
-        masked = KeptRegion(model, sigmas, extra_args)
 
     def plain(x: Tensor, sigma: Tensor) -> Tensor:
         return adapters.without_frames(model(framed(x), sigma * x.new_ones([x.shape[0]]), **extra_args))
 
-    denoise, reimpose = plain, None
-    if masked is not None:
-        denoise, reimpose = masked.unframed(framed)
-    reused = None
-    if adapters.is_shared(drm) and extra_args.get("denoise_mask") is None:
+    denoise, reimpose, reused = plain, None, None
+    has_mask = extra_args.get("denoise_mask") is not None
+    # Without injected noise nothing strays from a mask.
+    if has_mask and not settings.chosen().is_quiet():
+        denoise, reimpose = KeptRegion(model, sigmas, extra_args).unframed(framed)
+    if adapters.is_shared(drm) and not has_mask:
         denoise = reused = reuse.Reuse(scorer.tokens, guider, denoise)
     keeper = ForkKeeper(
         fork_steps(settings.chosen().plan(sigmas.tolist()), film_strip),
@@ -191,15 +188,26 @@ def sample_with_drm(
         interrupt=mm.throw_exception_if_processing_interrupted,
     )
     trace.forks = keeper.forks
+    if keeper.passes:
+        trace.spent["film"] = keeper.passes
     if adapters.is_shared(drm) and trace.spent is not None:
-        share = trunk.share_of_pass(base, drm.model.trunk.taps[-1])
-        trace.spent["trunk"] = round(share * scorer.walked, 3)
-        trace.spent["reused"] = round(share * (reused.saved if reused else 0), 3)
+        trace.spent |= _spent_on_trunk(base, drm, scorer, reused)
     trace_metadata.record(trace_to_dict(trace))
     latents = framed(latents)
     final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
     on_trace(trace, base.process_latent_out(final.to(torch.float32)))
     return latents
+
+
+def _spent_on_trunk(
+    base: object, drm: comfy.model_patcher.ModelPatcher, scorer: Callable, reused: reuse.Reuse | None
+) -> dict[str, float]:
+    """What scoring walked of the model's own network, and what of that was reused, in passes of a picture."""
+    share = trunk.share_of_pass(base, drm.model.trunk.taps[-1])
+    return {
+        "trunk": round(share * scorer.walked, 3),
+        "reused": round(share * (reused.saved if reused else 0), 3),
+    }
 
 
 def scorer_of(

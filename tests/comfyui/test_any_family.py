@@ -320,3 +320,16 @@ def test_the_trainer_refuses_a_head_without_a_backbone(pack, inside):
         lambda: adapters.check_drm_fits(head, prompts, torch.zeros(1, 16, 8, 8), inside.model),
         "reads the MODEL's own tokens, which is not possible here: choose a DRM with a backbone of its own",
     )
+
+
+def test_a_film_strip_changes_nothing_and_has_latents_as_the_vae_takes_them(pack, tiny):
+    drm = head_for(pack, tiny)
+    stepwise(pack, tiny, drm=drm)  # winner reuse is checked at its first use
+    plain, trace = stepwise(pack, tiny, drm=drm)
+    looked, film = stepwise(pack, tiny, drm=drm, film_strip=2)
+    assert torch.equal(plain["samples"], looked["samples"])
+    assert (film.steps, film.spent["reused"]) == (trace.steps, trace.spent["reused"])
+    assert [fork.step for fork in film.forks] == [0, 1]
+    for fork in film.forks:
+        assert fork.x0.shape == (1, 3, *plain["samples"].shape[1:])
+        assert bool(fork.x0.isfinite().all())

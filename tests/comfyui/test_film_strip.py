@@ -27,6 +27,10 @@ def test_looking_changes_nothing(inside, kept):
     assert torch.equal(latent["samples"], kept[0]["samples"])
     assert trace.steps == kept[1].steps
     assert trace.forks == []
+    # Three candidates at four forks, on top of the calls that a run without a film strip makes.
+    assert kept[1].spent["film"] == 3 * 4
+    assert kept[1].spent["denoise"] == trace.spent["denoise"] == 6
+    assert "film" not in trace.spent
 
 
 def test_the_metadata_stay_plain(inside, kept):
