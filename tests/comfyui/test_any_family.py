@@ -140,7 +140,7 @@ def score(pack, tiny, latent, drm=None, **settings):
 def test_score_latent_reads_the_model(pack, tiny):
     latent, drm = tiny.latent(batch=3, seed=4), head_for(pack, tiny)
     before = stock(tiny)
-    scores, _, best, ranked = score(pack, tiny, latent, drm)
+    scores, _, best, ranked, _ = score(pack, tiny, latent, drm)
     assert len(set(scores)) == 3
     winner = max(range(3), key=scores.__getitem__)
     assert torch.equal(best["samples"][0], latent["samples"][winner])
@@ -186,7 +186,7 @@ def test_step_wise_sampler_gives_the_picture_of_step_wise_ksampler(pack, tiny):
     guider.set_cfg(2.0)
     sigmas = comfy.samplers.calculate_sigmas(tiny.model.get_model_object("model_sampling"), "simple", 4)
     with torch.inference_mode():
-        sampler, log = node.execute(drm, tiny.conditioning(0), 3, 0.7, "sde", 0.0, 1.0, 5).result
+        sampler, log = node.execute(drm, tiny.conditioning(0), 5, num_branches=3).result
         noise = comfy.sample.prepare_noise(latent["samples"], 5)
         samples = guider.sample(noise, latent["samples"], sampler, sigmas, seed=5)
     ours, trace = stepwise(pack, tiny, drm=drm)
@@ -263,9 +263,7 @@ def test_a_video_of_a_custom_sampler_is_refused(pack):
     guider.set_conds(tiny.conditioning(0), tiny.conditioning(1))
     video = torch.zeros(1, 16, 3, 8, 8)
     with torch.inference_mode():
-        sampler, _ = node.execute(
-            head_for(pack, tiny), tiny.conditioning(0), 3, 0.7, "sde", 0.0, 1.0, 5
-        ).result
+        sampler, _ = node.execute(head_for(pack, tiny), tiny.conditioning(0), 5, num_branches=3).result
         refused(lambda: guider.sample(video, video, sampler, torch.tensor([1.0, 0.5, 0.0])), "a single frame")
 
 
