@@ -19,7 +19,6 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...drm.collect import collect
 from ...drm.forward_rl import learn_forward, old_decay
 from ...drm.grpo import Figures, Policy, roll_out
 from ...drm.lora import Adapters, Target, comfy_targets, named_targets
@@ -175,6 +174,8 @@ class Learner:
 
     def _learn_forward(self, velocity: Policy, score: Score, item: int, streams: list[int]) -> Figures:
         """Pictures by the policy that learns, NFT's by the one that trails it, and what they teach."""
+        from ...drm.collect import collect
+
         training, settings = self.training, self.training.settings
 
         def old(x: Tensor, sigma: float) -> Tensor:

@@ -134,7 +134,7 @@ def test_score_node_shows_its_ranking(server):
     assert [rank for rank, _ in ranks] == ["1", "2", "3"]
     scores = [float(rest.split(": ")[1]) for _, rest in ranks]
     assert scores == sorted(scores, reverse=True)
-    assert {int(rest.split(":")[0]) for _, rest in ranks} == {0, 1, 2}
+    assert {int(rest.split(":")[0]) for _, rest in ranks} == {1, 2, 3}
 
 
 def test_best_picture_and_sorted_batch_go_on(server):

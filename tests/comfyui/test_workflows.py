@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.comfyui.page import READY
 from tools.comfy_server import ROOT
 
 GRAPHS = {
@@ -202,7 +203,7 @@ def test_a_note_says_where_the_files_are():
 
 
 BLUEPRINT = """async () => {
-    const graph = window.app.graph, [node] = graph.nodes;
+    const graph = window.app.graph, node = graph.nodes.find(({ title }) => title.startsWith("Reward-guided"));
     const add = (type, values = []) => {
         const made = LiteGraph.createNode(type);
         graph.add(made);
@@ -226,6 +227,9 @@ BLUEPRINT = """async () => {
 
 def test_the_blueprint_is_one_node_that_draws(page, server):
     """Found by double-click, dropped with Enter, and run."""
+    page.page.reload()
+    page.page.wait_for_function(READY, timeout=120_000)
+    page.page.wait_for_timeout(2000)
     page.close_dialogs()
     page.page.evaluate("() => window.app.graph.clear()")
     page.page.mouse.dblclick(900, 500)
