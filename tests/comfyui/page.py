@@ -113,8 +113,16 @@ class ComfyPage:
         page.on("pageerror", lambda error: self._note(str(error)))
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         page.goto(url, timeout=120_000)
-        page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_selector("#graph-canvas", timeout=120_000)
+        self._wait()
+
+    def reload(self) -> None:
+        """Open the page anew, as settings want it."""
+        self.page.reload()
+        self._wait()
+
+    def _wait(self) -> None:
+        self.page.wait_for_function(READY, timeout=120_000)
+        self.page.wait_for_selector("#graph-canvas", timeout=120_000)
 
     def _note(self, error: str) -> None:
         # The page asks an outside service about nodes; --disable-api-nodes makes it forbid itself to.

@@ -15,7 +15,6 @@ FOUR = ("DRM Loader", "DRM Score Latent", "Step-wise KSampler", "Step-GRPO LoRA 
 NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\w)"
 FILE = r"[\w.-]*\w(?:[/_][\w.-]*\w)+|\.[a-z]{3,}\b"
 NAME = r"\b[\w.-]*[a-z0-9A-Z][A-Z][\w.-]*\w\b|\b[A-Z][a-z]+[A-Z]\w+"  # LATENT, SD3.5, KSampler, PickScore
-READY = "() => window.app?.graph && window.app.extensionManager && document.querySelector('#graph-canvas')"
 ROW = re.compile(r"^\| *(.+?) *\| (.+) \|$", re.MULTILINE)
 
 
@@ -180,8 +179,7 @@ def chinese_page(server, page):
     """The page, opened in Chinese."""
     for language in ("zh", "en"):
         server.request("/settings/Comfy.Locale", json.dumps(language).encode(), "application/json", 20)
-        page.page.reload()
-        page.page.wait_for_function(READY, timeout=120_000)
+        page.reload()
         if language == "zh":
             page.console_errors.clear()
             yield page

@@ -10,7 +10,6 @@ from drm.picks import read_records
 
 PICTURES = 5
 SETTING = "/settings/Comfy.VueNodes.Enabled"
-READY = "() => window.app?.graph && window.app.extensionManager && document.querySelector('#graph-canvas')"
 
 
 def page_node(number, kind, widgets, at, inputs=(), outputs=()):
@@ -52,12 +51,10 @@ def workflow(name):
 def renderer(server, page, request):
     """The page, drawn by one of the two renderers."""
     server.request(SETTING, b"true" if request.param else b"false", "application/json", 20)
-    page.page.reload()
-    page.page.wait_for_function(READY, timeout=120_000)
+    page.reload()
     yield page
     server.request(SETTING, b"false", "application/json", 20)
-    page.page.reload()
-    page.page.wait_for_function(READY, timeout=120_000)
+    page.reload()
 
 
 def write_pictures(base_dir):

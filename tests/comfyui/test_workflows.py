@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.comfyui.page import READY
 from tools.comfy_server import ROOT
 
 GRAPHS = {
@@ -227,8 +226,7 @@ BLUEPRINT = """async () => {
 
 def test_the_blueprint_is_one_node_that_draws(page, server):
     """Found by double-click, dropped with Enter, and run."""
-    page.page.reload()
-    page.page.wait_for_function(READY, timeout=120_000)
+    page.reload()
     page.page.wait_for_timeout(2000)
     page.close_dialogs()
     page.page.evaluate("() => window.app.graph.clear()")
