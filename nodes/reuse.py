@@ -8,6 +8,7 @@ passes differ; a first use is checked against the ordinary pass, and reuse ends 
 """
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,12 +93,18 @@ def plain(trunk: "Trunk", guider: object, sigma: float) -> bool:
         return False
     if any(named for kind in ("wrappers", "callbacks") for named in inner.get(kind, {}).values()):
         return False
-    if any("forward" in vars(block) for block in trunk.blocks):
+    if any("forward" in vars(block) for block in trunk.blocks) or not _told(trunk.blocks[0]):
         return False
     if len(conds) != 1 or any(conds[0].get(name) is not None for name in _STEERS):
         return False
     ours, theirs = trunk.entry(sigma)["model_conds"], conds[0]["model_conds"]
     return ours.keys() == theirs.keys() and all(_same(ours[name].cond, theirs[name].cond) for name in ours)
+
+
+def _told(block: torch.nn.Module) -> bool:
+    """Whether a block is told which of its rows are conditional."""
+    found = inspect.signature(block.forward).parameters.values()
+    return any(given.name == "transformer_options" or given.kind == given.VAR_KEYWORD for given in found)
 
 
 def _same(a: object, b: object) -> bool:

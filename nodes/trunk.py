@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -49,7 +50,8 @@ _SAID: "WeakKeyDictionary[SharedDRM, set[str]]" = WeakKeyDictionary()
 class Family:
     """name: in files. lists: of blocks, in the order they run. width: the attribute with a token's width.
     image: finds the image tokens in what a block returns. attention: the layers of a block that a LoRA is
-    learned on, where a block has them; SD3's are in drm/lora.py.
+    learned on, where a block has them; SD3's are in drm/lora.py, none where ComfyUI's layers have no backward
+    pass. patch: the attribute with a patch's size.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Family:
     width: str
     image: Image
     attention: tuple[str, ...] = ()
+    patch: str = "patch_size"
 
 
 def _second(outputs: Mapping[int, Output], number: int, length: int, network: torch.nn.Module) -> Tensor:
@@ -73,6 +76,11 @@ def _first(outputs: Mapping[int, Output], number: int, length: int, network: tor
 def _last(outputs: Mapping[int, Output], number: int, length: int, network: torch.nn.Module) -> Tensor:
     """One tensor, a reference before the image."""
     return outputs[number][:, -length:]
+
+
+def _grid(outputs: Mapping[int, Output], number: int, length: int, network: torch.nn.Module) -> Tensor:
+    """One tensor (n, frames, rows, columns, width)."""
+    return outputs[number].flatten(1, 3)[:, -length:]
 
 
 def _flux(outputs: Mapping[int, Output], number: int, length: int, network: torch.nn.Module) -> Tensor:
@@ -99,6 +107,7 @@ _QWEN_ATTENTION = tuple(
     f"attn.{layer}"
     for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
+_KREA_ATTENTION = tuple(f"attn.{layer}" for layer in ("wq", "wk", "wv", "wo", "gate"))
 _WAN_ATTENTION = tuple(f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo")
 _HIDREAM_ATTENTION = tuple(
     f"block.attn1.{layer}{text}" for text in ("", "_t") for layer in ("to_q", "to_k", "to_v", "to_out")
@@ -112,6 +121,9 @@ FAMILIES = {
         "qwen_image", ("transformer_blocks",), "inner_dim", _second, _QWEN_ATTENTION
     ),
     "NextDiT": Family("lumina2", ("layers",), "dim", _behind_caption, ("attention.qkv", "attention.out")),
+    "SingleStreamDiT": Family("krea2", ("blocks",), "first.out_features", _last, _KREA_ATTENTION, "patch"),
+    "ErnieImageModel": Family("ernie_image", ("layers",), "hidden_size", _first),
+    "Anima": Family("anima", ("blocks",), "model_channels", _grid, patch="patch_spatial"),
     "WanModel": Family("wan", ("blocks",), "dim", _last, _WAN_ATTENTION),
     "HiDreamImageTransformer2DModel": Family(
         "hidream", ("double_stream_blocks", "single_stream_blocks"), "inner_dim", _first, _HIDREAM_ATTENTION
@@ -168,7 +180,7 @@ def trunk_facts(model: comfy.model_patcher.ModelPatcher, taps: tuple[int, ...]) 
     weights = adapters.original_weights(model)
     return TrunkFacts(
         family=family_name(base),
-        width=getattr(adapters.network_of(base), family_of(base).width),
+        width=attrgetter(family_of(base).width)(adapters.network_of(base)),
         num_blocks=len(blocks_of(base)),
         taps=tuple(taps),
         latent_channels=model.get_model_object("latent_format").latent_channels,
@@ -318,7 +330,8 @@ class Trunk:
 
 def token_grid(network: torch.nn.Module, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of image tokens; the networks pad sizes that are no multiple of a patch."""
-    patch = network.patch_size if isinstance(network.patch_size, int) else network.patch_size[-1]
+    patch = getattr(network, FAMILIES[type(network).__name__].patch)
+    patch = patch if isinstance(patch, int) else patch[-1]
     return -(-height // patch), -(-width // patch)
 
 

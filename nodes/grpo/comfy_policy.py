@@ -128,8 +128,20 @@ def within_sampling(
         guider.inner_set_conds({"positive": next(iter(prompts.values())), "negative": negative, **conditions})
         guider.set_cfg(cfg)
         sigmas = torch.tensor([1.0, 0.0])
-        guider.sample(torch.zeros_like(latents), latents, sampler, sigmas, disable_pbar=True, seed=seed)
+        with _in_training():
+            guider.sample(torch.zeros_like(latents), latents, sampler, sigmas, disable_pbar=True, seed=seed)
     return sampler.result
+
+
+@contextlib.contextmanager
+def _in_training() -> Iterator[None]:
+    """Tells newer ComfyUI to rotate positions in torch: its kernels for it have no backward pass."""
+    before = getattr(mm, "in_training", False)
+    mm.in_training = True
+    try:
+        yield
+    finally:
+        mm.in_training = before
 
 
 def without_unconditional_graph(existing: Callable | None) -> Callable:

@@ -63,9 +63,15 @@ class Pictures:
 
 
 def targets_of(base: comfy.model_base.BaseModel) -> list[Target]:
-    """The attention layers of a MODEL's network; ValueError for a family whose are not known."""
-    if trunk.family_of(base).name == "sd3":
+    """The attention layers of a MODEL's network; ValueError for a family where none can be learned on."""
+    family = trunk.family_of(base)
+    if family.name == "sd3":
         return comfy_targets(comfy_adapters.network_of(base))
+    if not family.attention:
+        raise ValueError(
+            f"no LoRA can be learned on a MODEL of {family.name}: ComfyUI's own layers of it have no backward"
+            " pass. Use a model of another family; a head on this one can be trained and sampled with"
+        )
     return named_targets(trunk.attention_layers(base))
 
 

@@ -1,4 +1,4 @@
-"""A tiny random model of every family in nodes/trunk.py, loaded by ComfyUI's own loader.
+"""A tiny random model of every family in nodes/trunk.py that this ComfyUI has, loaded by its own loader.
 
 tiny = load_family("flux"); tiny.model, tiny.positive(2), tiny.latent(batch=2)
 
@@ -6,13 +6,17 @@ ComfyUI's detection fixes some sizes of some families (heads, widths); `_SIZES` 
 a model loads. Networks are ComfyUI's classes, untouched.
 """
 
+import importlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tools.comfy_server import COMFYUI
 
 TEXT, LENGTH = 48, 7
 _AXES3, _AXES4 = [8, 12, 12], [8, 8, 8, 8]
@@ -29,6 +33,7 @@ _FLUX = {
     "axes_dim": _AXES3,
     "theta": 10000,
     "qkv_bias": True,
+    "txt_ids_dims": [],
 }
 _NEXT = {
     "patch_size": 2,
@@ -44,6 +49,12 @@ _NEXT = {
     "axes_dims": _AXES3,
     "axes_lens": [64, 64, 64],
 }
+
+
+def _file(module: str) -> Path:
+    return COMFYUI / "comfy" / "ldm" / f"{module.replace('.', '/')}.py"
+
+
 # family -> (module and class of the network, its arguments)
 _SIZES: dict[str, tuple[str, str, dict]] = {
     "sd3": (
@@ -74,7 +85,13 @@ _SIZES: dict[str, tuple[str, str, dict]] = {
             **_FLUX,
             **{"in_channels": 128, "out_channels": 128, "patch_size": 1, "axes_dim": _AXES4, "theta": 2000},
             **{"vec_in_dim": None, "guidance_embed": True, "global_modulation": True, "mlp_silu_act": True},
-            **{"qkv_bias": False, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0},
+            **{
+                "qkv_bias": False,
+                "ops_bias": False,
+                "txt_ids_dims": [3],
+                "default_ref_method": "index",
+                "ref_index_scale": 10.0,
+            },
         },
     ),
     "chroma": (
@@ -83,7 +100,7 @@ _SIZES: dict[str, tuple[str, str, dict]] = {
         {
             **_FLUX,
             **{"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 64},
-            **{"hidden_dim": 64, "n_layers": 2},
+            **{"hidden_dim": 64, "n_layers": 2, "vec_in_dim": None},
         },
     ),
     "qwen_image": (
@@ -142,8 +159,40 @@ _SIZES: dict[str, tuple[str, str, dict]] = {
             "llama_layers": [0, 1, 2, 3],
         },
     ),
+    "krea2": (
+        "krea2.model",
+        "SingleStreamDiT",
+        {
+            **{"features": 64, "tdim": 32, "txtdim": 16, "heads": 2, "kvheads": 1, "multiplier": 2},
+            **{"layers": 4, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2, "channels": 16},
+        },
+    ),
+    "ernie_image": (
+        "ernie.model",
+        "ErnieImageModel",
+        {
+            **{"hidden_size": 64, "num_attention_heads": 2, "num_layers": 4, "ffn_hidden_size": 64},
+            **{"text_in_dim": TEXT, "rope_axes_dim": _AXES3},
+        },
+    ),
+    "anima": (
+        "anima.model",
+        "Anima",
+        {
+            **{"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16},
+            **{
+                "patch_spatial": 2,
+                "patch_temporal": 1,
+                "model_channels": 64,
+                "num_blocks": 4,
+                "num_heads": 2,
+            },
+            **{"crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d", "pos_emb_learnable": True},
+            **{"use_adaln_lora": True, "adaln_lora_dim": 16, "extra_per_block_abs_pos_emb": False},
+        },
+    ),
 }
-FAMILIES = list(_SIZES)
+FAMILIES = [name for name, (module, *_) in _SIZES.items() if _file(module).exists()]
 # Blocks to read: of the first list, and of the second where there is one.
 TAPS = {name: (1, 4) if name in ("flux", "flux2", "chroma", "hidream") else (1, 3) for name in FAMILIES}
 POOLED = {"sd3": 32, "flux": 32, "hidream": 32}
@@ -157,6 +206,7 @@ class TinyModel:
     model: Any
     text: int = TEXT
     channels: int = 16
+    patch: int = 2
     frames: bool = False
     taps: tuple[int, ...] = field(default=())
 
@@ -182,9 +232,20 @@ class TinyModel:
         return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(seed)), **extra}
 
 
-def _network(name: str, config: dict) -> torch.nn.Module:
-    import importlib
+def _known(name: str) -> dict:
+    """The network's arguments, of those that newer versions ask for what this one does."""
+    module, kind, config = _SIZES[name]
+    params = getattr(importlib.import_module(f"comfy.ldm.{module}"), f"{kind}Params", None)
+    return {key: value for key, value in config.items() if params is None or key in params.__annotations__}
 
+
+def _text_width(config: dict) -> int:
+    if "txtlayers" in config:
+        return config["txtlayers"] * config["txtdim"]
+    return config.get("text_dim", config.get("crossattn_emb_channels", TEXT))
+
+
+def _network(name: str, config: dict) -> torch.nn.Module:
     import comfy.ops
 
     module, kind, _ = _SIZES[name]
@@ -194,6 +255,7 @@ def _network(name: str, config: dict) -> torch.nn.Module:
 
 def _weights(network: torch.nn.Module, seed: int) -> dict[str, Tensor]:
     """Random weights of a size that keeps signals as they are, none of them zero."""
+    around_zero = ("bias", "scale") if type(network).__name__ == "SingleStreamDiT" else ("bias",)
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for key, value in network.state_dict().items():
@@ -202,7 +264,7 @@ def _weights(network: torch.nn.Module, seed: int) -> dict[str, Tensor]:
             fan_in = max(value[0].numel(), 1)
             found[key] = noise / fan_in**0.5
         else:
-            found[key] = 0.1 * noise + (0.0 if key.endswith("bias") else 1.0)
+            found[key] = 0.1 * noise + (0.0 if key.endswith(around_zero) else 1.0)
     return found
 
 
@@ -231,7 +293,7 @@ def load_family(name: str, seed: int = 0, options: dict | None = None, change: C
     """The family's TinyModel. options: the loader's; change: of the arguments of the network."""
     import comfy.sd
 
-    config = dict(_SIZES[name][2])
+    config = _known(name)
     if change is not None:
         change(config)
     state_dict = _weights(_network(name, config), seed)
@@ -242,8 +304,9 @@ def load_family(name: str, seed: int = 0, options: dict | None = None, change: C
     return TinyModel(
         name,
         model,
-        text=config.get("text_dim", TEXT),
+        text=_text_width(config),
         channels=latent_format.latent_channels,
+        patch=1 if name in ("flux2", "ernie_image") else 2,
         frames=latent_format.latent_dimensions == 3,
         taps=TAPS[name],
     )

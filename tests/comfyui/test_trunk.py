@@ -92,6 +92,7 @@ def image_of(outputs, length):
     slices that are so long, by hand for each kind of output.
     """
     if isinstance(outputs, torch.Tensor):
+        outputs = outputs.flatten(1, -2)
         return [outputs[:, start : start + length] for start in range(outputs.shape[1] - length + 1)]
     return [stream for stream in outputs if stream is not None and stream.shape[1] == length]
 
@@ -111,7 +112,7 @@ def test_a_stopped_pass_has_what_a_whole_pass_has(pack, trunk, tiny, size):
     x = tiny.latent(2, size, seed=1)["samples"]
     positive, depth = tiny.conditioning(0, length=9), len(blocks(trunk, tiny))
     found = tokens_of(pack, tiny, x, positive, tuple(range(1, depth + 1)))
-    patch = 1 if tiny.name == "flux2" else 2
+    patch = tiny.patch
     assert (found.rows, found.columns) == tuple(-(-side // patch) for side in size)
     length = found.rows * found.columns
     for number, tokens in enumerate(found.tokens, start=1):
@@ -126,7 +127,7 @@ def test_a_stopped_pass_has_what_a_whole_pass_has(pack, trunk, tiny, size):
 def test_a_patch_changes_its_own_token_most(pack, trunk, tiny, size):
     x = tiny.latent(1, size, seed=1)["samples"]
     depth, changed = len(blocks(trunk, tiny)), x.clone()
-    patch = 1 if tiny.name == "flux2" else 2
+    patch = tiny.patch
     changed[..., 2 * patch : 3 * patch, patch : 2 * patch] += 3
     for taps in ((1,), (depth,)):
         before, after = (tokens_of(pack, tiny, z, tiny.conditioning(0), taps) for z in (x, changed))
@@ -155,7 +156,7 @@ def test_candidates_have_their_own_prompts_and_nothing_of_each_other(pack, tiny)
                 own[0][1][name] = own[0][1][name][items[row]]
         alone = tokens_of(pack, tiny, x[row], own, tiny.taps)
         for a, b in zip(together.tokens, alone.tokens, strict=True):
-            torch.testing.assert_close(a[row], b, atol=5e-5, rtol=0)
+            torch.testing.assert_close(a[row], b, atol=5e-5 * max(1.0, float(b.std())), rtol=0)
     swapped = tokens_of(pack, tiny, x, both, tiny.taps, items=1 - items, like=like)
     assert (swapped.tokens[-1] - together.tokens[-1]).abs().max() > 1e-3
 
