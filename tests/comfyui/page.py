@@ -65,7 +65,7 @@ class PageReport:
     """What the page made of a workflow."""
 
     nodes: list[dict[str, Any]]  # id, type, title, known, red, mode, position, size, inputs, outputs, widgets
-    dialogs: list[str]  # text of open dialogs: missing nodes, missing models
+    dialogs: list[str]  # what is missing, nodes or models: text of dialogs, or of newer versions' panel
     toasts: list[str]  # text of the notices in the corner
     prompt: (
         dict[str, Any] | None
@@ -125,8 +125,9 @@ class ComfyPage:
         self.page.wait_for_selector("#graph-canvas", timeout=120_000)
 
     def _note(self, error: str) -> None:
-        # The page asks an outside service about nodes; --disable-api-nodes makes it forbid itself to.
-        if "Content Security Policy" not in error:
+        # The page asks an outside service about nodes; --disable-api-nodes makes it forbid itself to. Newer
+        # ones look, when loaded again, for a graph that was open and not saved.
+        if "Content Security Policy" not in error and "subgraph poofed" not in error:
             self.console_errors.append(error)
 
     def open_workflow(self, workflow: Path | str | dict[str, Any], name: str | None = None) -> PageReport:
@@ -140,6 +141,7 @@ class ComfyPage:
         self.page.evaluate(LOAD, [workflow, name])
         report = self.page.evaluate(DESCRIBE)
         screenshot = self.screenshot(name)
+        report["dialogs"] += self._panel()
         return PageReport(**report, console_errors=list(self.console_errors), screenshot=screenshot)
 
     def run(self, timeout: float = 600.0) -> None:
@@ -151,6 +153,18 @@ class ComfyPage:
             timeout=timeout * 1000,
         )
         self.page.wait_for_timeout(1000)
+
+    def _panel(self) -> list[str]:
+        """What newer versions list in a panel at the side, opened and closed again."""
+        more = self.page.locator("[data-testid=error-overlay-see-errors]")
+        if not more.count():
+            return []
+        more.click()
+        self.page.wait_for_timeout(500)
+        texts = self.page.locator("[data-testid^=error-group]").all_inner_texts()
+        self.page.get_by_label("Toggle properties panel").click()
+        self.page.wait_for_timeout(500)
+        return texts
 
     def close_dialogs(self) -> None:
         """Close dialogs and notices that a former workflow left open."""

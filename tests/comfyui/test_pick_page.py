@@ -67,6 +67,7 @@ def write_pictures(base_dir):
 @pytest.mark.parametrize("renderer", [False, True], indirect=True, ids=["classic", "nodes 2.0"])
 def test_two_are_clicked_and_go_on(server, base_dir, renderer, request):
     write_pictures(base_dir)
+    renderer.reload()  # newer pages look whether a picture is there
     name = f"page_{request.node.callspec.id.replace(' ', '_')}"
     report = renderer.open_workflow(workflow(name), name)
     assert (report.red_nodes, report.console_errors) == ([], [])

@@ -109,7 +109,10 @@ def test_one_progress_tick_a_step(server):
         prompt_id = server.queue(stepwise_graph("ticks", seed=61, steps=5), client_id=events.client_id)
         succeeded(server.wait(prompt_id))
     ticks = [(tick["value"], tick["max"]) for tick in events.of("progress", prompt_id) if tick["node"] == "7"]
-    assert ticks == [(step, 5) for step in range(1, 6)]
+    # newer versions drop what comes too soon after another, never the first and the last
+    assert set(ticks) <= {(step, 5) for step in range(1, 6)}
+    assert (ticks[0], ticks[-1]) == ((1, 5), (5, 5))
+    assert ticks == sorted(set(ticks))
 
 
 def test_cancel_works_in_the_middle_of_scoring(server):

@@ -60,7 +60,7 @@ def test_stock_nodes_take_what_it_gives(server, base_dir):
     graph |= {
         "8": node("SaveLoRA", lora=["7", 1], prefix="loras/stock_copy", steps=["7", 3]),
         "9": node("LossGraphNode", loss=["7", 2], filename_prefix="curve"),
-        "10": node("LoraModelLoader", model=["1", 0], lora=["7", 1], strength_model=1.0),
+        "10": node("LoraModelLoader", model=["1", 0], lora=["7", 1], strength_model=1.0, bypass=False),
         "11": node("PreviewAny", source=["7", 5]),
         "12": node("SaveImage", images=["7", 4], filename_prefix="grid"),
     }
