@@ -34,7 +34,7 @@ from drm.ranges import Count
 from tools.comfy_inside import Pack, load_pack
 from tools.comfy_server import ROOT
 from training.config import argument
-from training.demo.prompts import HELD_OUT, TRAIN
+from training.demo.taste import redness, things
 from training.engine.atomic import replace_atomically
 
 MODELS = ROOT / "models"
@@ -43,23 +43,7 @@ STEPS, RATE = 300, 3e-4
 PART = 60
 
 
-def redness(pictures: np.ndarray) -> np.ndarray:
-    """Mean R - (G + B) / 2 over pixels that are not white, of (N, H, W, 3) uint8."""
-    values = pictures.astype(np.float32)
-    red = values[..., 0] - values[..., 1:].mean(axis=-1)
-    inked = pictures.min(axis=-1) < 240
-    return (red * inked).sum(axis=(1, 2)) / np.maximum(inked.sum(axis=(1, 2)), 1)
-
-
 TASTES = {"red": redness, "busy": busyness}
-
-
-def things() -> list[str]:
-    """What is drawn: the demo's things in an order of their own, the first TEST for the test."""
-    lines = (TRAIN.read_text() + HELD_OUT.read_text()).splitlines()
-    names = sorted({line.rsplit(",", 1)[0] for line in lines})
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(7)).tolist()
-    return [names[i] for i in order]
 
 
 def asked(count: int) -> list[str]:

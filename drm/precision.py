@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 
@@ -16,3 +19,17 @@ def computes_bfloat16(device: torch.device | str) -> bool:
         return True
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def runs_in_bfloat16(precision: str, device: torch.device | str) -> bool:
+    """Whether a run with this setting ("bf16" or "no") computes in bfloat16: not where that is emulated."""
+    if precision == "bf16" and not computes_bfloat16(device):
+        _say_once()
+    return precision == "bf16" and computes_bfloat16(device)
+
+
+@functools.cache
+def _say_once() -> None:
+    logging.getLogger(__name__).warning(
+        "this processor only emulates bfloat16, many times slower than float32: computing in float32"
+    )

@@ -4,6 +4,7 @@ models/drm_scorers, with one folder for each scorer of DRM Score Image.
 `extra_model_paths.yaml` may add more under the keys `drm` and `drm_scorers`, as for any other kind of model.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -11,14 +12,26 @@ import folder_paths
 
 PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
 SCORERS = "drm_scorers"
+HIDE_DEMO = "DRM.HideDemoModels"
 
 
 def register() -> None:
-    """Adds the folders; the shipped checkpoint and text encoder then show up in ComfyUI's own loaders too."""
+    """Adds the folders; the shipped checkpoint and text encoder then show up in ComfyUI's own loaders too,
+    unless the user has set otherwise.
+    """
     for kind in ("drm", SCORERS):
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
-    for kind in ("drm", "checkpoints", "text_encoders"):
+    for kind in ("drm",) if demo_is_hidden() else ("drm", "checkpoints", "text_encoders"):
         folder_paths.add_model_folder_path(kind, str(PACK_MODELS / kind))
+
+
+def demo_is_hidden() -> bool:
+    """Whether the page's setting of this name is on; web/js/demo_models.js has it."""
+    path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    try:
+        return json.loads(path.read_text("utf-8")).get(HIDE_DEMO) is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def safetensors_files(kind: str) -> list[str]:

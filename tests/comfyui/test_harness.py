@@ -151,3 +151,34 @@ def test_previews_are_what_the_demo_model_decodes(inside, tmp_path):
     shown, expected = ((seen + 1) / 2).clamp(0, 1).flatten(), expected.float().cpu().flatten()
     assert float((shown - expected).abs().mean()) < 0.05
     assert float(torch.corrcoef(torch.stack([shown, expected]))[0, 1]) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("settings", "hidden"),
+    [
+        (None, False),
+        ('{"DRM.HideDemoModels": true}', True),
+        ('{"DRM.HideDemoModels": false}', False),
+        ('{"DRM.HideDemoModels": "no"}', False),
+        ("[]", False),
+        ("{half", False),
+    ],
+)
+def test_the_demo_s_files_can_be_hidden(inside, pack, monkeypatch, tmp_path, settings, hidden):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    if settings is not None:
+        (tmp_path / "default").mkdir()
+        (tmp_path / "default" / "comfy.settings.json").write_text(settings)
+    folders = pack.module("nodes.folders")
+    folders.register()
+    listed = folder_paths.folder_names_and_paths.items()
+    own = {kind for kind, (paths, _) in listed if str(folders.PACK_MODELS / kind) in map(str, paths)}
+    assert own == ({"drm"} if hidden else {"drm", "checkpoints", "text_encoders"})
+
+
+def test_the_page_has_the_setting(page):
+    found = page.page.evaluate("() => window.app.extensionManager.setting.get('DRM.HideDemoModels')")
+    assert found is False

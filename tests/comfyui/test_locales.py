@@ -49,6 +49,20 @@ def test_nothing_is_missing_or_left_over(language):
     assert [key for key, text in translated.items() if not text.strip()] == []
 
 
+def test_settings_are_in_every_language():
+    """What web/js/demo_models.js calls them is the English text."""
+    found = {
+        known: json.loads(locales.path(known).with_name("settings.json").read_text("utf-8"))
+        for known in ("en", *locales.TRANSLATED)
+    }
+    script = (ROOT / "web" / "js" / "demo_models.js").read_text()
+    for known, texts in found.items():
+        assert list(texts) == list(found["en"])
+        for key, text in texts.items():
+            assert f'"{key.replace("_", ".", 1)}"' in script
+            assert (text["name"] in script) is (known == "en")
+
+
 def test_what_the_tool_writes_is_what_is_there(language):
     assert list(locales.read(language)) == list(locales.read("en"))
     assert json.loads(locales.path(language).read_text("utf-8")) == locales.nested(locales.read(language))

@@ -320,7 +320,8 @@ def test_pictures_baselines_and_a_second_reward_model(files: Path):
     assert sheets[0].tobytes() != sheets[1].tobytes()
 
 
-def test_bfloat16_and_checkpointing_change_little(files: Path, reference: Path):
+def test_bfloat16_and_checkpointing_change_little(files: Path, reference: Path, monkeypatch):
+    monkeypatch.setattr("drm.precision.computes_bfloat16", lambda device: True)
     half = make_config(
         files,
         out=str(files / "half"),

@@ -46,7 +46,7 @@ def prepare_picture(image: Image.Image, resolution: int, fit: str = "centre") ->
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
 
 
-def _frozen(model: torch.nn.Module) -> torch.nn.Module:
+def frozen(model: torch.nn.Module) -> torch.nn.Module:
     """The model for inference, its weights moved to where tensors usually lie.
 
     Read through a file map they lie at any address, and MKL's matrix-vector products round differently by
@@ -81,10 +81,14 @@ class SD3Encoders:
     def from_folder(
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> SD3Encoders:
-        """path: a diffusers SD3 folder; text_encoder_3 may be missing. dtype is the text encoders'; the VAE
-        always runs in float32. EncoderError in one sentence when a part is missing or damaged.
+        """path: a diffusers SD3 folder, where text_encoder_3 may be missing; or the demo's models/. dtype is
+        the text encoders'; the VAE always runs in float32. EncoderError in one sentence when a part is
+        missing or damaged.
         """
-        return cls(Path(path), torch.device(device), dtype)
+        from training.data import demo_encoders
+
+        kind = demo_encoders.DemoEncoders if demo_encoders.find_files(Path(path)) else cls
+        return kind(Path(path), torch.device(device), dtype)
 
     def _config(self, part: str) -> dict:
         try:
@@ -108,7 +112,7 @@ class SD3Encoders:
 
         with self._loading("vae") as path:
             vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
-        return _frozen(vae.to(self.device))
+        return frozen(vae.to(self.device))
 
     @functools.cached_property
     def _clips(self) -> list[tuple]:
@@ -127,7 +131,7 @@ class SD3Encoders:
             tokenizer = tokenizer_class.from_pretrained(path, local_files_only=True)
         with self._loading(name) as path:
             model = model_class.from_pretrained(path, dtype=self.dtype, local_files_only=True)
-        return tokenizer, _frozen(model.to(self.device))
+        return tokenizer, frozen(model.to(self.device))
 
     def load_vae(self) -> None:
         """Loads the VAE now rather than at the first picture."""

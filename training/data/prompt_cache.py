@@ -208,7 +208,14 @@ def sd3_encode(encoders: SD3Encoders, t5_length: int | None) -> Encode:
         encoders.load_text(t5=t5_length is not None and encoders.has_t5)
     except EncoderError as error:
         raise PromptError(str(error)) from error
-    return lambda prompts: encoders.encode_prompts(prompts, t5_length)
+
+    def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+        try:
+            return encoders.encode_prompts(prompts, t5_length)
+        except EncoderError as error:
+            raise PromptError(str(error)) from error
+
+    return encode
 
 
 def open_or_make(config: PromptsConfig, prompts: list[str], accelerator: Accelerator) -> PromptCache:

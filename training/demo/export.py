@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from drm import DRM, load_drm
 from drm.sd3 import comfy_layout
 from training.data.decoders import PREFIX_VAE, SD3_SCALE, SD3_SHIFT, autoencoder_from_taesd
+from training.data.demo_encoders import load_text_encoder
 from training.demo import data, text
 from training.demo.generator import Generator, decode, draw, grid, load_generator
 from training.demo.judge import Judge, load_judge
@@ -89,10 +89,9 @@ class Family:
 
 def load_family(models: Path) -> Family:
     """Read the four files; the transformer goes through diffusers' own converter."""
-    with safe_open(models / CLIP, "pt") as file:
-        tokenizer = Tokenizer.from_str(file.metadata()["tokenizer"])
+    tokenizer, text_encoder = load_text_encoder(models / CLIP)
     generator = Generator(tokenizer)
-    text.load_weights(generator.text_encoder, load_file(models / CLIP))
+    generator.text_encoder = text_encoder
     checkpoint = {k: v.float() for k, v in load_file(models / CHECKPOINT).items()}
     _, weights = comfy_layout.from_comfy_layout(checkpoint)
     generator.transformer.load_state_dict(weights)

@@ -10,10 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from training.data.demo_encoders import PREFIX_TEXT
+from training.data.demo_encoders import embed as embed
+from training.data.demo_encoders import encode_ids as encode_ids
+from training.data.demo_encoders import load_weights as load_weights
 from training.demo.data import STYLES, DemoData
 
 LENGTH = 20
-PREFIX = "text_model."
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 TEMPLATES = (
     "{word}, {style} style",
@@ -81,26 +84,7 @@ def build_text_encoder(tokenizer: Tokenizer) -> CLIPTextModel:
 
 def with_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names as in published CLIP files; transformers 5 drops `text_model.` inside the module, 4 does not."""
-    return {f"{PREFIX}{key.removeprefix(PREFIX)}": value for key, value in weights.items()}
-
-
-def load_weights(text_encoder: CLIPTextModel, weights: dict[str, torch.Tensor]) -> None:
-    """Weights under their published names into the module of any transformers version."""
-    prefixed = any(key.startswith(PREFIX) for key in text_encoder.state_dict())
-    text_encoder.load_state_dict(
-        {key if prefixed else key.removeprefix(PREFIX): value.float() for key, value in weights.items()}
-    )
-
-
-def encode_ids(tokenizer: Tokenizer, captions: list[str]) -> torch.Tensor:
-    """Captions -> (B, 20) int64."""
-    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(captions)])
-
-
-def embed(text_encoder: CLIPTextModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 20) ids -> prompt_embeds (B, 20, 256) and pooled_prompt_embeds (B, 256)."""
-    output = text_encoder(input_ids=ids)
-    return output.last_hidden_state, output.pooler_output
+    return {f"{PREFIX_TEXT}{key.removeprefix(PREFIX_TEXT)}": value for key, value in weights.items()}
 
 
 def random_caption(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from drm import DRM
 from drm.lora import LORA_TARGETS, PREFIX, LoRAFileError
+from drm.precision import runs_in_bfloat16
 from drm.sd3.base_model import load_transformer
 from training.data.prompt_cache import PromptCache
 from training.engine.launch import TrainingError
@@ -103,7 +104,7 @@ def build_policy(config: PolicyConfig, *, seed: int, device: torch.device) -> Di
     """The base with fresh adapters drawn from `seed`; the second matrix of each starts at zero."""
     import peft
 
-    half = config.precision == "bf16"
+    half = runs_in_bfloat16(config.precision, device)
     transformer = load_transformer(
         Path(config.base), device=device, dtype=torch.bfloat16 if half else torch.float32
     )

@@ -25,6 +25,7 @@ from drm.checkpoint import load_whole_drm
 from drm.collect import collect
 from drm.forward_rl import learn_forward, old_decay
 from drm.lora import load_lora
+from drm.precision import runs_in_bfloat16
 from training.data.batches import Share, generator
 from training.data.decoders import load_decoder
 from training.data.prompt_cache import open_or_make, read_prompts
@@ -84,7 +85,7 @@ class StepGRPOTrainer:
         self.curve: list[tuple[int, float]] = []
 
     def _load_drm(self, path: str) -> DRM:
-        half = self.config.model.precision == "bf16"
+        half = runs_in_bfloat16(self.config.model.precision, self.device)
         drm = load_whole_drm(path, self.device, torch.bfloat16 if half else torch.float32)
         return drm.requires_grad_(False)
 

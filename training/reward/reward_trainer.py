@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from drm import save_drm
 from drm.head import ConvGNHead
+from drm.precision import runs_in_bfloat16
 from training.config import DRMConfig, TrainConfig
 from training.data.batches import (
     Batch,
@@ -74,7 +75,7 @@ class RewardTrainer:
         self.accelerator = make_accelerator(self.out)
         self.device = self.accelerator.device
         self.pairs = EncodedPairs(config.data.encoded)
-        half = self.settings.precision == "bf16"
+        half = runs_in_bfloat16(self.settings.precision, self.device)
         drm = trainable.build(
             config.model,
             seed=self.settings.seed,
