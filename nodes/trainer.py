@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..drm.lora import load_lora
 from . import adapters, folders
 from .grpo import report
-from .grpo.inputs import METHODS, Training, prompts_fingerprint, read_prompts
+from .grpo.inputs import METHODS, Training, prompts_fingerprint, read_prompts, usual_side
 from .grpo.learner import Models
 from .grpo.preflight import check_caches
 from .grpo.run import Run, say
@@ -66,6 +66,7 @@ class StepGRPOLoRATrainer(io.ComfyNode):
         held_out_drm: comfy.model_patcher.ModelPatcher | None = None,
         **settings: object,
     ) -> io.NodeOutput:
+        settings |= {side: settings[side] or usual_side(drm.model) for side in ("width", "height")}
         training = Training(prompts=tuple(read_prompts(prompts)), **settings)
         say(f"Reading {counted(len(training.prompts), 'prompt')}")
         with torch.inference_mode(False), torch.enable_grad():
@@ -85,8 +86,8 @@ def training_inputs() -> list[io.Input]:
     return [
         io.Model.Input(
             "model",
-            tooltip="The model to train on: SD3.5, FLUX, Qwen-Image, Z-Image or their kind. It stays as it"
-            " is.",
+            tooltip="The model to train on: SD3.5, FLUX, Krea 2, Qwen-Image, Z-Image or their kind. It"
+            " stays as it is.",
         ),
         DRMModel.Input("drm", display_name="DRM", tooltip="The reward model, from DRM Loader."),
         io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
@@ -97,8 +98,17 @@ def training_inputs() -> list[io.Input]:
             tooltip="One a line, or the name of a text file (.txt) in ComfyUI's input folder. Of four and"
             " more, every fourth is kept aside: it is not trained on but looked at.",
         ),
-        io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="Width of the pictures."),
-        io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="Height of the pictures."),
+        io.Int.Input(
+            "width",
+            default=0,
+            min=0,
+            max=4096,
+            step=16,
+            tooltip="Width of the pictures. 0: what the DRM was made for, at most 512.",
+        ),
+        io.Int.Input(
+            "height", default=0, min=0, max=4096, step=16, tooltip="Height of the pictures, as width."
+        ),
         io.Int.Input(
             "steps",
             default=10,

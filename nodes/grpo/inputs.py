@@ -15,6 +15,8 @@ from ..adapters import check_choice
 if TYPE_CHECKING:
     from ...drm.forward_rl import ForwardSettings
     from ...drm.grpo import GRPOSettings
+    from ...drm.model import DRM
+    from ...drm.shared import SharedDRM
 
 METHODS = ["step-grpo", "grpo", "nft", "awm", "step-nft", "step-awm"]
 LARGEST_FILE = 4 << 20
@@ -23,6 +25,8 @@ NOISE_LEVELS = 6
 # Every 4th prompt is kept aside, where there are enough of them.
 KEPT_ASIDE, FEWEST_TO_KEEP = 4, 4
 PICTURES = 8
+# Pixels of a side, where the DRM was made for no fewer.
+USUAL = 512
 
 
 def read_prompts(text: str) -> list[str]:
@@ -68,6 +72,14 @@ def _read_file(name: str) -> str:
         return read_text(path)
     except EncodingError as error:
         raise ValueError(f"prompts: {error}") from error
+
+
+def usual_side(drm: "DRM | SharedDRM") -> int:
+    """Pixels of a side of the pictures that a reward model's own network was made for, at most USUAL; USUAL
+    for a head on another model's tokens.
+    """
+    backbone = getattr(drm, "backbone", None)
+    return USUAL if backbone is None else min(USUAL, 8 * backbone.config.sample_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,9 @@
 """What the trainer node works out from its inputs before anything is loaded."""
 
+from types import SimpleNamespace
+
+import pytest
+
 from tests.comfyui.training_graphs import SMALL
 
 
@@ -19,3 +23,13 @@ def test_prompts_kept_aside_are_worked_out_once(pack):
     assert training.learned is training.learned
     assert training.learned == [number for number in range(1000) if number % 4]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("sample_size", "side"), [(16, 128), (64, 512), (128, 512)])
+def test_the_usual_size_is_the_drm_s_own_up_to_512(pack, sample_size, side):
+    drm = SimpleNamespace(backbone=SimpleNamespace(config=SimpleNamespace(sample_size=sample_size)))
+    assert pack.module("nodes.grpo.inputs").usual_side(drm) == side
+
+
+def test_a_head_on_the_model_s_own_tokens_has_no_size_of_its_own(pack):
+    assert pack.module("nodes.grpo.inputs").usual_side(SimpleNamespace(trunk=None)) == 512

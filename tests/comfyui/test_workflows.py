@@ -227,9 +227,8 @@ BLUEPRINT = """async () => {
 def test_the_blueprint_is_one_node_that_draws(page, server):
     """Found by double-click, dropped with Enter, and run."""
     page.reload()
-    page.page.wait_for_timeout(2000)
-    page.close_dialogs()
-    page.page.evaluate("() => window.app.graph.clear()")
+    page.page.wait_for_timeout(2000)  # what was open before comes back
+    page.open_workflow({"version": 0.4, "nodes": [], "links": []}, "blueprint")
     page.page.mouse.dblclick(900, 500)
     page.page.wait_for_timeout(2000)
     page.page.keyboard.type("reward-guided text")
