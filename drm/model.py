@@ -100,16 +100,25 @@ class DRM(nn.Module):
         pooled_prompt_embeds: Tensor,
     ) -> Tensor:
         """Raw scores (B,) in float32, with gradients; see `score` for the arguments."""
+        return self._judge(self.features(latents, sigma, prompt_embeds, pooled_prompt_embeds), latents)
+
+    def features(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+    ) -> Features:
+        """What the head reads, with gradients; see `score` for the arguments."""
         self._check_latents(latents)
         batch = len(latents)
         self._check_prompts(batch, prompt_embeds, pooled_prompt_embeds)
-        features = self.backbone.features(
+        return self.backbone.features(
             latents,
             1000 * _sigmas(sigma, latents).expand(batch),
             prompt_embeds.expand(batch, -1, -1),
             pooled_prompt_embeds.expand(batch, -1),
         )
-        return self._judge(features, latents)
 
     @torch.no_grad()
     def score(

@@ -52,6 +52,7 @@ class ModelConfig:
     the head alone. `random_backbone` keeps the base's shape and none of its weights. `coarse`:
     the side of a token over the base's; 2 makes four times fewer of them, for a model that scores several
     times as fast. `head`: on the tokens (conv), or the DRM authors' on the model's own last layers (conv_gn).
+    `backbone`: kept in the file, or shared with the model that people sample with, and the head alone saved.
     """
 
     base: str
@@ -60,6 +61,7 @@ class ModelConfig:
     head: Literal["conv", "conv_gn"] = "conv"
     head_hidden: Annotated[int, Range(1, 65536)] = 256
     train: Literal["full", "lora", "head"] = "full"
+    backbone: Literal["own", "shared"] = "own"
     lora_rank: Rank = 64
     lora_alpha: Positive = 128.0
     random_backbone: bool = False
@@ -169,7 +171,14 @@ class DRMConfig:
 
     def hash(self) -> str:
         """sha256 of everything in it, the same for the same configuration."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        tree = dataclasses.asdict(self)
+        if self.model.backbone == "own":  # older runs go on under the hash they began with
+            del tree["model"]["backbone"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _can_share(model: ModelConfig) -> bool:
+    return (model.train, model.head, model.coarse, model.random_backbone) == ("head", "conv", 1, False)
 
 
 def _check(config: DRMConfig) -> None:
@@ -187,6 +196,12 @@ def _check(config: DRMConfig) -> None:
             "train.sigma",
             low_high,
             "[0, 1] unless train.sigma_draw is uniform",
+        ),
+        (
+            config.model.backbone == "shared" and not _can_share(config.model),
+            "model.backbone",
+            "shared",
+            "own, unless model.train is head, model.head conv, model.coarse 1 and random_backbone off",
         ),
         (
             config.model.coarse > 1 and config.model.head == "conv_gn",

@@ -271,3 +271,30 @@ def test_other_families_and_prompts_of_different_lengths(inside, folders, name):
     drm, _, report, _ = train(inside, model=tiny.model, clip=Encoder(tiny), steps=2)
     assert drm.model.trunk.family == name
     assert "8 pairs in 4 batches of 4 prompts" in report
+
+
+def test_a_head_of_the_command_line_rides_on_the_stock_model(pack, inside, family, tmp_path, caplog):
+    """What training.train_drm saves with model.backbone shared, on the checkpoint that ComfyUI loads."""
+    from drm import save_drm
+    from training.config import ModelConfig
+    from training.reward import trainable
+
+    made = ModelConfig(
+        base=str(family.checkpoint), train="head", backbone="shared", num_kept=2, head_hidden=32
+    )
+    network = trainable.build(made, seed=0).eval()
+    save_drm(trainable.plain(network), tmp_path / "shared.safetensors")
+    loaded = pack.module("nodes.head_run").as_patcher(tmp_path / "shared.safetensors")
+    latent = inside.latent(batch=3, seed=1)
+    node = pack.module("nodes.score").DRMScoreLatent
+    settings = {"sigma": 0.0, "latent_is": "finished picture", "noise_draws": 1, "seed": 0}
+    with torch.inference_mode():
+        scores, *_ = node.execute(
+            drm=loaded, latent=latent, positive=inside.positive, model=inside.model, **settings
+        ).result
+    embeds, options = inside.positive[0]
+    x = (latent["samples"] - 0.0609) * 1.5305
+    with torch.no_grad():
+        wanted = network(x, 0.0, embeds.float(), options["pooled_output"].float())
+    assert scores == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert "not the one this head was made on" not in caplog.text

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from drm import DRM, DRMFileError
+from drm import DRM, DRMFileError, SharedDRM
 from drm.backbone import TruncatedSD3
 from drm.checkpoint import load_whole_drm, read_header
 from drm.head import ConvGNHead, ConvHead
 from drm.lora import LORA_TARGETS
 from drm.sd3.base_model import load_backbone
 from training.config import ModelConfig
+from training.engine.launch import TrainingError
+from training.reward import on_trunk
 
 
 def is_reward_model(base: str) -> bool:
@@ -39,13 +41,21 @@ def build(config: ModelConfig, *, seed: int, frozen_dtype: torch.dtype = torch.f
     frozen in frozen_dtype. `seed` decides fresh weights: the head's, the adapters', a random backbone's.
     """
     if is_reward_model(config.base):
+        if config.backbone == "shared":
+            raise TrainingError(
+                f"model.base is the reward model {Path(config.base).name}: a head that rides on a model"
+                " (model.backbone shared) wants that model's own checkpoint"
+            )
         drm = load_whole_drm(config.base)
     else:
         keeps_output = config.head == "conv_gn"
         backbone = load_backbone(
             config.base, config.num_kept, coarse=config.coarse, keeps_output=keeps_output
         )
-        drm = fresh(backbone, config.head_hidden, seed=seed, random_backbone=config.random_backbone)
+        if config.backbone == "shared":
+            drm = on_trunk.build(config.base, backbone, config.head_hidden, seed=seed)
+        else:
+            drm = fresh(backbone, config.head_hidden, seed=seed, random_backbone=config.random_backbone)
     return make_trainable(drm, config, seed=seed, frozen_dtype=frozen_dtype)
 
 
@@ -96,10 +106,14 @@ def add_adapters(drm: DRM, *, rank: int, alpha: float, seed: int) -> None:
             parameter.data = parameter.data.float()
 
 
-def plain(drm: DRM) -> DRM:
-    """A copy in float32 with its adapters merged into the weights, frozen, ready for save_drm."""
+def plain(drm: DRM) -> DRM | SharedDRM:
+    """A copy in float32 with its adapters merged into the weights, frozen, ready for save_drm; of a head that
+    rides on its base, the head alone.
+    """
     from peft.tuners.lora import LoraLayer
 
+    if isinstance(drm, on_trunk.OnTrunk):
+        return copy.deepcopy(drm.head).requires_grad_(False).eval()
     drm = copy.deepcopy(drm).float()
     for name, module in list(drm.backbone.named_modules()):
         if isinstance(module, LoraLayer):
