@@ -115,6 +115,11 @@ class ComfyPage:
         page.goto(url, timeout=120_000)
         self._wait()
 
+    def another(self) -> "ComfyPage":
+        """The page of a visitor who has never been here."""
+        context = self.page.context.browser.new_context(viewport=self.page.viewport_size)
+        return ComfyPage(context.new_page(), self.page.url)
+
     def reload(self) -> None:
         """Open the page anew, as settings want it."""
         self.page.reload()

@@ -226,9 +226,10 @@ BLUEPRINT = """async () => {
 
 def test_the_blueprint_is_one_node_that_draws(page, server):
     """Found by double-click, dropped with Enter, and run."""
-    page.reload()
-    page.page.wait_for_timeout(2000)  # what was open before comes back
-    page.open_workflow({"version": 0.4, "nodes": [], "links": []}, "blueprint")
+    page = page.another()  # a visitor without a graph: newer pages bring back what was open
+    page.page.wait_for_timeout(2000)
+    page.close_dialogs()
+    page.page.evaluate("() => window.app.graph.clear()")
     page.page.mouse.dblclick(900, 500)
     page.page.wait_for_timeout(2000)
     page.page.keyboard.type("reward-guided text")
@@ -236,6 +237,7 @@ def test_the_blueprint_is_one_node_that_draws(page, server):
     page.page.keyboard.press("Enter")
     page.page.wait_for_timeout(2000)
     prompt = page.page.evaluate(BLUEPRINT)
+    page.page.context.close()
     samplers = [entry["inputs"] for entry in prompt.values() if entry["class_type"] == "StepwiseKSampler"]
     assert [(inputs["preset"], inputs["steps"]) for inputs in samplers] == [("balanced", 4)]
     result = server.run(prompt)
