@@ -1,7 +1,7 @@
 """A few hundred choices to try the training commands on, made by the demo model and a made-up person.
 
     python -m training.demo.taste                                    # pictures, pairs.jsonl, and both encoded
-    python -m training.train_drm --config training/configs/drm_demo_taste.yaml
+    python -m training.train_drm --config training/configs/drm_taste_demo.yaml
 
 Somebody who likes red looks at several drawings of each thing and prefers the redder of two. What is written
 is what you would prepare from pictures of your own: data/demo_taste/pairs.jsonl with its pictures beside it,
@@ -28,7 +28,7 @@ from training.demo.generator import draw
 from training.demo.prompts import HELD_OUT, TRAIN
 from training.engine.atomic import replace_atomically
 
-CONFIG = Path(__file__).parent.parent / "configs" / "drm_demo_taste.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "drm_taste_demo.yaml"
 PICTURES, STEPS, CFG, BATCH = 4, 8, 1.0, 64
 
 
