@@ -88,6 +88,11 @@ class SharedDRM(_Float32Module):
         self.head = head
         self.metadata = dict(metadata or {})
 
+    @property
+    def dim(self) -> int:
+        """Width of a token that it reads, as heads have it."""
+        return self.trunk.width
+
     def forward(self, taps: Taps, sigma: float | Tensor) -> Tensor:
         """Raw scores (n,) in float32, with gradients; sigma: one for all or (n,)."""
         self._check(taps)

@@ -182,3 +182,23 @@ def test_a_family_without_a_backward_pass_is_refused_in_a_sentence(pack, monkeyp
     monkeypatch.setitem(trunk.FAMILIES, "WanModel", replace(trunk.FAMILIES["WanModel"], attention=()))
     with pytest.raises(ValueError, match="no LoRA can be learned on a MODEL of wan"):
         pack.module("nodes.grpo.learner").targets_of(load_family("wan").model.model)
+
+
+def test_comfyui_is_told_that_it_trains_and_for_how_long(pack):
+    """By this newer versions choose operations that have a backward pass."""
+    import comfy.model_management as mm
+
+    tiny = load_family("flux")
+    policies = pack.module("nodes.grpo.comfy_policy")
+    network = pack.module("nodes.adapters").network_of(tiny.model.model)
+    asked = {"prompts": {0: tiny.conditioning(0)}, "negative": tiny.conditioning(1), "cfg": 1.0, "seed": 0}
+    asked["latents"] = tiny.latent()["samples"]
+    before = getattr(mm, "in_training", False)
+    told = policies.within_sampling(lambda policy: mm.in_training, tiny.model, [], network, **asked)
+
+    def broken(policy):
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        policies.within_sampling(broken, tiny.model, [], network, **asked)
+    assert (told, mm.in_training) == (True, before)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from training import encode, evaluate, train_drm, train_step_grpo
 from training.data.demo_encoders import DemoEncoders, find_files
@@ -146,6 +147,10 @@ def test_the_commands_of_the_page_run_one_after_another(tmp_path, monkeypatch, c
     assert {"training.demo.taste", "training.train_step_grpo"} <= set(seen)
     pairs = [json.loads(line) for line in Path("data/demo_taste/pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 12 * 6
+    for pair in pairs:
+        both = [np.asarray(Image.open(Path("data/demo_taste") / pair[k])) for k in ("chosen", "rejected")]
+        chosen, rejected = taste.redness(np.stack(both))
+        assert chosen >= rejected
     for run in ("demo_taste", "own_taste"):
         rows = Path(f"runs/{run}/evaluation.jsonl").read_text().splitlines()
         assert 0 <= json.loads(rows[-1])["accuracy"] <= 1

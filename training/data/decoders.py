@@ -93,14 +93,16 @@ def autoencoder_from_taesd(tensors: Mapping[str, Tensor]) -> tuple[AutoencoderTi
     }
 
 
+def autoencoder_in(checkpoint: Mapping[str, Tensor]) -> tuple[AutoencoderTiny, dict[str, float]]:
+    """The same of a whole checkpoint of the demo family."""
+    return autoencoder_from_taesd(
+        {key.removeprefix(PREFIX_VAE): v for key, v in checkpoint.items() if key.startswith(PREFIX_VAE)}
+    )
+
+
 def _from_demo(path: Path, device: str | torch.device) -> Callable[[Tensor], Tensor]:
     try:
-        tensors = {
-            key.removeprefix(PREFIX_VAE): value
-            for key, value in load_file(path).items()
-            if key.startswith(PREFIX_VAE)
-        }
-        vae, statistics = autoencoder_from_taesd(tensors)
+        vae, statistics = autoencoder_in(load_file(path))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise DecoderError(
             f"{path} is no VAE folder and no checkpoint of the demo family: give the diffusers folder"

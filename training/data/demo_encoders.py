@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.data.decoders import PREFIX_VAE, autoencoder_from_taesd
+from training.data.decoders import autoencoder_in
 from training.data.encoders import LATENT_CHANNELS, EncoderError, SD3Encoders, frozen
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ class DemoEncoders(SD3Encoders):
     @functools.cached_property
     def _autoencoder(self) -> tuple[AutoencoderTiny, dict[str, float]]:
         with self._loading(str(self.checkpoint.relative_to(self.folder))) as path:
-            tensors = {
-                key.removeprefix(PREFIX_VAE): value
-                for key, value in load_file(path).items()
-                if key.startswith(PREFIX_VAE)
-            }
-            autoencoder, statistics = autoencoder_from_taesd(tensors)
+            autoencoder, statistics = autoencoder_in(load_file(path))
         return frozen(autoencoder.to(self.device)), statistics
 
     @functools.cached_property

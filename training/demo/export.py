@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from drm import DRM, load_drm
 from drm.sd3 import comfy_layout
-from training.data.decoders import PREFIX_VAE, SD3_SCALE, SD3_SHIFT, autoencoder_from_taesd
+from training.data.decoders import PREFIX_VAE, SD3_SCALE, SD3_SHIFT, autoencoder_in
 from training.data.demo_encoders import load_text_encoder
 from training.demo import data, text
 from training.demo.generator import Generator, decode, draw, grid, load_generator
@@ -95,9 +95,7 @@ def load_family(models: Path) -> Family:
     checkpoint = {k: v.float() for k, v in load_file(models / CHECKPOINT).items()}
     _, weights = comfy_layout.from_comfy_layout(checkpoint)
     generator.transformer.load_state_dict(weights)
-    autoencoder, statistics = autoencoder_from_taesd(
-        {k.removeprefix(PREFIX_VAE): v for k, v in checkpoint.items() if k.startswith(PREFIX_VAE)}
-    )
+    autoencoder, statistics = autoencoder_in(checkpoint)
     judge, concepts = load_judge(models / JUDGE)
     drm = load_drm(models / REWARD).requires_grad_(False)
     return Family(

@@ -30,19 +30,9 @@ _BLOCKS = {"comfyui": "joint_blocks.", "diffusers": "transformer_blocks."}
 class OnTrunk(DRM):
     """The last kept block's tokens through a shared head; in all else a reward model."""
 
-    def __init__(self, backbone: TruncatedSD3, head: SharedDRM) -> None:
-        super().__init__(backbone, ConvHead(backbone.config.width, 1))
-        self.head = head
-
-    def forward(
-        self,
-        latents: Tensor,
-        sigma: float | Tensor,
-        prompt_embeds: Tensor,
-        pooled_prompt_embeds: Tensor,
-    ) -> Tensor:
-        """Raw scores (B,) in float32, with gradients for the head."""
-        features = self.features(latents, sigma, prompt_embeds, pooled_prompt_embeds)
+    def forward(self, latents: Tensor, sigma: float | Tensor, *prompts: Tensor) -> Tensor:
+        """Raw scores (B,) in float32, with gradients for the head; arguments as DRM.score's."""
+        features = self.features(latents, sigma, *prompts)
         grid = self.backbone.token_grid(*latents.shape[-2:])
         return self.head(Taps([features.tokens], *grid), sigma)
 
