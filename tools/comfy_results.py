@@ -57,6 +57,19 @@ class Events:
         data = [message["data"] for message in self.messages if message["type"] == kind]
         return [entry for entry in data if prompt_id is None or entry.get("prompt_id") == prompt_id]
 
+    def settle(self, seconds: float = 10) -> None:
+        """Return once the prompts that started have had their last message: it follows the history entry.
+
+        Args:
+            seconds: how long to wait for it. A client that went away meanwhile gets none.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            ended = [data["prompt_id"] for data in self.of("executing") if data["node"] is None]
+            if all(data["prompt_id"] in ended for data in self.of("execution_start")):
+                return
+            time.sleep(0.02)
+
     def seconds_in(self, node_id: str, prompt_id: str) -> float:
         """How long the server was busy with one node of a prompt, start to start of what came next."""
         marks = [

@@ -276,7 +276,7 @@ class ComfyServer:
         thread.start()
         try:
             yield events
-            time.sleep(0.2)  # the last messages of a prompt leave after its history entry is written
+            events.settle()
         finally:
             connection.abort()  # unlike close(), it wakes the thread that reads
             thread.join(timeout=10)

@@ -139,7 +139,7 @@ def test_cancel_ends_the_wait_at_once(server, picks):
         assert server.wait(prompt).interrupted
         assert time.monotonic() - began < 2
         assert server.get("/drm/picks/waiting") == []
-        assert len(events.of("drm_pick_done")) == 1
+    assert len(events.of("drm_pick_done")) == 1
     assert backlog(picks) == []
 
 
