@@ -161,13 +161,7 @@ def sample_with_drm(
     def plain(x: Tensor, sigma: Tensor) -> Tensor:
         return adapters.without_frames(model(framed(x), sigma * x.new_ones([x.shape[0]]), **extra_args))
 
-    denoise, reimpose, reused = plain, None, None
-    has_mask = extra_args.get("denoise_mask") is not None
-    # Without injected noise nothing strays from a mask.
-    if has_mask and not settings.chosen().is_quiet():
-        denoise, reimpose = KeptRegion(model, sigmas, extra_args).unframed(framed)
-    if adapters.is_shared(drm) and not has_mask:
-        denoise = reused = reuse.Reuse(scorer.tokens, guider, denoise)
+    denoise, reimpose, reused = _denoisers(plain, model, sigmas, extra_args, settings, drm, scorer, framed)
     keeper = ForkKeeper(
         fork_steps(settings.chosen().plan(sigmas.tolist()), film_strip),
         sigmas,
@@ -197,6 +191,27 @@ def sample_with_drm(
     final = base.model_sampling.inverse_noise_scaling(sigmas[-1], latents)
     on_trace(trace, base.process_latent_out(final.to(torch.float32)))
     return latents
+
+
+def _denoisers(
+    plain: Callable,
+    model: comfy.samplers.KSamplerX0Inpaint,
+    sigmas: Tensor,
+    extra_args: dict,
+    settings: Branching,
+    drm: comfy.model_patcher.ModelPatcher,
+    scorer: Callable,
+    framed: Callable[[Tensor], Tensor],
+) -> tuple[Callable, Callable | None, reuse.Reuse | None]:
+    """What denoises, what puts a mask's kept region back, and what continues from a winner's blocks."""
+    denoise, reimpose, reused = plain, None, None
+    has_mask = extra_args.get("denoise_mask") is not None
+    # Without injected noise nothing strays from a mask.
+    if has_mask and not settings.chosen().is_quiet():
+        denoise, reimpose = KeptRegion(model, sigmas, extra_args).unframed(framed)
+    if adapters.is_shared(drm) and not has_mask:
+        denoise = reused = reuse.Reuse(scorer.tokens, model.inner_model, denoise)
+    return denoise, reimpose, reused
 
 
 def _spent_on_trunk(
