@@ -75,9 +75,12 @@ def _read_file(name: str) -> str:
 
 
 def usual_side(drm: "DRM | SharedDRM") -> int:
-    """Pixels of a side of the pictures that a reward model's own network was made for, at most USUAL; USUAL
-    for a head on another model's tokens.
+    """Pixels of a side of the pictures that a reward model learned from, else that its own network was made
+    for, at most USUAL; USUAL where neither is known.
     """
+    learned = getattr(drm, "metadata", {}).get("resolution")
+    if isinstance(learned, int) and learned > 0 and learned % 16 == 0:
+        return min(USUAL, learned)
     backbone = getattr(drm, "backbone", None)
     return USUAL if backbone is None else min(USUAL, 8 * backbone.config.sample_size)
 

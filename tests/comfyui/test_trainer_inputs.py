@@ -33,3 +33,13 @@ def test_the_usual_size_is_the_drm_s_own_up_to_512(pack, sample_size, side):
 
 def test_a_head_on_the_model_s_own_tokens_has_no_size_of_its_own(pack):
     assert pack.module("nodes.grpo.inputs").usual_side(SimpleNamespace(trunk=None)) == 512
+
+
+@pytest.mark.parametrize(
+    ("said", "side"), [(128, 128), (1024, 512), (100, 256), (-16, 256), ("128", 256), (None, 256)]
+)
+def test_what_a_drm_learned_from_goes_before_what_its_network_was_made_for(pack, said, side):
+    """A checkpoint of one file does not say its size, so what is trained on it would be taken for SD3.5's."""
+    made_for = SimpleNamespace(config=SimpleNamespace(sample_size=32))
+    drm = SimpleNamespace(backbone=made_for, metadata={"resolution": said})
+    assert pack.module("nodes.grpo.inputs").usual_side(drm) == side

@@ -68,6 +68,7 @@ def test_the_exported_file_scores_and_says_where_it_comes_from(reference: Path):
     assert facts["held_out"]["pairs"] == 6
     assert len(facts["held_out"]["by_sigma"]) == 4
     assert header["text_length"] == 6 + 8
+    assert facts["resolution"] == 8 * 4
     assert len(header["calibration"]["sigma"]) == len(header["calibration"]["std"]) > 0
 
 

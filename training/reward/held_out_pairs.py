@@ -13,6 +13,7 @@ from training.config import DRMConfig
 from training.data.shards import EncodedPairs
 
 SIGMA_PARTS = 4
+PIXELS = 8  # of a latent's side, for every VAE of SD3's kind
 
 
 def as_rows(chosen: Tensor, rejected: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def calibrated(chosen: Tensor, rejected: Tensor, sigma: Tensor, bins: int) -> di
 
 
 def export_facts(config: DRMConfig, pairs: EncodedPairs, steps: int, table: dict) -> dict:
-    """The header's facts: name, text length, base, data and counts, accuracy, licence,
+    """The header's facts: name, text length, pixels of a side, base, data and counts, accuracy, licence,
     what a sampler needs."""
     for_sampling = {key: table[key] for key in ("calibration",) if key in table}
     lengths = pairs.t5_lengths
@@ -62,6 +63,7 @@ def export_facts(config: DRMConfig, pairs: EncodedPairs, steps: int, table: dict
     facts = {
         "name": config.name,
         "text_length": pairs.meta.get("text_length") or tokens,
+        "resolution": PIXELS * min(pairs.latent_shape[1:]),
         "base": Path(config.model.base).name,
         "trained": config.model.train,
         "data": dict(sorted(Counter(pairs.columns["source"]).items())),
