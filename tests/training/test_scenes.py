@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from training.data.shards import EncodedPairs
-from training.demo import detector, fit, icons, rated_drawings, scenes, text
+from training.demo import detector, fit, icons, learning, rated_drawings, scenes, text
 from training.demo.autoencoder import build_autoencoder
 from training.demo.generator import Generator
 from training.demo.scenes import Caption, Group, Placed, Seen, errors, parse
@@ -225,6 +225,21 @@ def test_the_rate_warms_up_and_falls_to_a_fiftieth():
 def test_a_plan_is_made_once(tmp_path):
     steps = fit.planned(tmp_path, 0.01, lambda number: None)
     assert fit.planned(tmp_path, 100.0, lambda number: pytest.fail("timed again")) == steps >= 1
+
+
+def test_a_warm_start_keeps_its_latents(tmp_path):
+    """A generator knows them; only what decodes them learns."""
+    torch.manual_seed(0)
+    begun = {key: value.contiguous() for key, value in build_autoencoder().state_dict().items()}
+    save_file(begun, tmp_path / "autoencoder.safetensors")
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    (tmp_path / "out" / "autoencoder").mkdir(parents=True)
+    for name in ("trained", "small"):
+        np.save(tmp_path / "out" / f"{name}.npy", pictures)
+    (tmp_path / "out" / "autoencoder" / "plan.json").write_text('{"steps": 2}')
+    learned = learning.make_autoencoder(tmp_path / "out", 1.0, tmp_path).state_dict()
+    same = {key for key in begun if torch.equal(learned[key].cpu(), begun[key])}
+    assert same == {key for key in begun if key.startswith("encoder.")}
 
 
 def darkness(pictures):

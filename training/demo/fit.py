@@ -115,11 +115,12 @@ def fit(
         scratch.zero_grad(set_to_none=True)
 
     network.train()
-    scratch = adamw(list(network.parameters()), settings)
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    scratch = adamw(learned, settings)
     steps = planned(folder, minutes, timed)
     network.load_state_dict(begun_as)
     settings = dataclasses.replace(settings, save_every=max(1, math.ceil(steps / SAVES)))
-    optimizer = adamw(list(network.parameters()), settings)
+    optimizer = adamw(learned, settings)
     run = Run(accelerator, folder, network, optimizer, settings, {"name": name, "steps": steps}, name)
     begun = time.monotonic()
     for step in run.steps(run.resume(), steps, name):

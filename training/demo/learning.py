@@ -42,7 +42,7 @@ DECODED = 4000  # pictures the detectors also see as the autoencoder hands them 
 
 
 def make_autoencoder(out: Path, minutes: float, warm: Path | None) -> AutoencoderTiny:
-    """Trained, or trained on from a warm start."""
+    """Trained; of a warm start the decoder alone, since the latents are what a warm generator knows."""
     path = out / "autoencoder.safetensors"
     network = ae.build_autoencoder()
     if path.exists():
@@ -50,6 +50,7 @@ def make_autoencoder(out: Path, minutes: float, warm: Path | None) -> Autoencode
         return network.requires_grad_(False).eval().to(device())
     if warm:
         network.load_state_dict({k: v.float() for k, v in load_file(warm / path.name).items()})
+        network.encoder.requires_grad_(False)
     network = network.to(device(), memory_format=torch.channels_last)
     pictures, alone = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("trained", "small"))
     batch = 4 if device().type == "cpu" else 64
