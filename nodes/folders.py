@@ -76,7 +76,7 @@ def scorer_folder(name: str) -> Path:
     if name in folders:
         return folders[name]
     raise FileNotFoundError(
-        f"there is no folder '{name}' in models/{SCORERS}: put a PickScore or CLIP model there, all its files"
-        " in one folder (such as huggingface.co/yuvalkirstain/PickScore_v1), and press R to refresh, or"
-        f" choose another (found: {', '.join(folders) or 'none yet'})"
+        f"there is no folder '{name}' in models/{SCORERS}: put a PickScore, ImageReward or CLIP model"
+        " there, all its files in one folder (such as huggingface.co/yuvalkirstain/PickScore_v1), and press R"
+        f" to refresh, or choose another (found: {', '.join(folders) or 'none yet'})"
     )

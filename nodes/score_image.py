@@ -1,4 +1,4 @@
-"""DRM Score Image: pictures of any model, scored and ranked by PickScore or CLIP from a local folder."""
+"""DRM Score Image: pictures of any model, ranked by PickScore, ImageReward or CLIP from a local folder."""
 
 import functools
 
@@ -19,7 +19,7 @@ MAX_KEEP = 4096
 # The lowest threshold, below every score, leaves nothing out.
 MAX_SCORE = 1000.0
 HUB = "huggingface.co/"
-MODELS = f"{HUB}yuvalkirstain/PickScore_v1 or {HUB}openai/clip-vit-large-patch14"
+MODELS = f"{HUB}yuvalkirstain/PickScore_v1, {HUB}zai-org/ImageReward or {HUB}openai/clip-vit-large-patch14"
 
 
 class DRMScoreImage(io.ComfyNode):
@@ -31,9 +31,9 @@ class DRMScoreImage(io.ComfyNode):
             node_id="DRMScoreImage",
             display_name="DRM Score Image (aesthetic reward, rank, best of)",
             category="DRM",
-            **found_by("reward", "score", "rank", "best of", "aesthetic", "PickScore", "CLIP"),
+            **found_by("reward", "score", "rank", "best of", "aesthetic", "PickScore", "ImageReward", "CLIP"),
             description="Scores every picture of a batch, drawn by any model, against the prompt with"
-            " PickScore or CLIP, ranks them and keeps the best.",
+            " PickScore, ImageReward or CLIP, ranks them and keeps the best.",
             inputs=score_inputs(),
             outputs=[
                 io.Float.Output(
@@ -72,7 +72,7 @@ class DRMScoreImage(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, scorer: str = "", **others: object) -> str:
         """Changes when the scorer's files do."""
-        from ..drm.clip_scorer import folder_facts
+        from ..drm.picture_scorers import folder_facts
 
         folder = folders.scorer_folders().get(scorer)
         return "missing" if folder is None else f"{folder}:{folder_facts(folder)}"
@@ -103,8 +103,8 @@ def score_inputs() -> list[io.Input]:
         io.Combo.Input(
             "scorer",
             options=list(folders.scorer_folders()) or [NONE_YET],
-            tooltip="A folder of models/drm_scorers with a PickScore or CLIP model: all files of its page,"
-            f" such as {MODELS}, weights as .safetensors.",
+            tooltip="A folder of models/drm_scorers with a PickScore, ImageReward or CLIP model: all files of"
+            f" its page, such as {MODELS}; the help page says what belongs into the folder.",
         ),
         io.Image.Input("images", tooltip="A batch of pictures. Of pictures with alpha, the colours count."),
         io.String.Input(
@@ -112,7 +112,7 @@ def score_inputs() -> list[io.Input]:
             default="",
             multiline=True,
             tooltip="The prompt the pictures are scored against, in plain words: weights as in (red:1.2) are"
-            " read as text. Most models read the first 77 tokens.",
+            " read as text. CLIP and PickScore read the first 77 tokens, ImageReward 35.",
         ),
         io.Int.Input(
             "keep",
@@ -148,10 +148,10 @@ def check_settings(prompt: str, keep: int, threshold: float) -> None:
 
 
 def load_scorer(name: str) -> comfy.model_patcher.ModelPatcher:
-    """drm.clip_scorer.CLIPScorer of a folder of models/drm_scorers, kept between runs while its files stay as
-    they are. Raises FileNotFoundError without the folder, ValueError for one that is no scorer.
+    """The scorer (drm.picture_scorers) of a folder of models/drm_scorers, kept between runs while its files
+    stay as they are. Raises FileNotFoundError without the folder, ValueError for one that is no scorer.
     """
-    from ..drm.clip_scorer import folder_facts
+    from ..drm.picture_scorers import folder_facts
 
     folder = folders.scorer_folder(name)
     try:
@@ -163,9 +163,9 @@ def load_scorer(name: str) -> comfy.model_patcher.ModelPatcher:
 # Two, so that a graph may compare two scorers.
 @functools.lru_cache(maxsize=2)
 def _scorer_patcher(folder: str, facts: tuple) -> comfy.model_patcher.ModelPatcher:
-    from ..drm.clip_scorer import load_clip_scorer
+    from ..drm.picture_scorers import load_picture_scorer
 
-    return adapters.module_patcher(load_clip_scorer(folder))
+    return adapters.module_patcher(load_picture_scorer(folder))
 
 
 def score_images(patcher: comfy.model_patcher.ModelPatcher, prompt: str, images: Tensor) -> Tensor:

@@ -161,7 +161,10 @@ def sample_with_drm(
     def plain(x: Tensor, sigma: Tensor) -> Tensor:
         return adapters.without_frames(model(framed(x), sigma * x.new_ones([x.shape[0]]), **extra_args))
 
-    denoise, reimpose, reused = _denoisers(plain, model, sigmas, extra_args, settings, drm, scorer, framed)
+    kept, reused = _kept_region(model, sigmas, extra_args, settings), None
+    denoise, reimpose = kept.unframed(framed) if kept else (plain, None)
+    if adapters.is_shared(drm) and not _has_mask(extra_args):
+        denoise = reused = reuse.Reuse(scorer.tokens, guider, denoise)
     keeper = ForkKeeper(
         fork_steps(settings.chosen().plan(sigmas.tolist()), film_strip),
         sigmas,
@@ -193,25 +196,16 @@ def sample_with_drm(
     return latents
 
 
-def _denoisers(
-    plain: Callable,
-    model: comfy.samplers.KSamplerX0Inpaint,
-    sigmas: Tensor,
-    extra_args: dict,
-    settings: Branching,
-    drm: comfy.model_patcher.ModelPatcher,
-    scorer: Callable,
-    framed: Callable[[Tensor], Tensor],
-) -> tuple[Callable, Callable | None, reuse.Reuse | None]:
-    """What denoises, what puts a mask's kept region back, and what continues from a winner's blocks."""
-    denoise, reimpose, reused = plain, None, None
-    has_mask = extra_args.get("denoise_mask") is not None
-    # Without injected noise nothing strays from a mask.
-    if has_mask and not settings.chosen().is_quiet():
-        denoise, reimpose = KeptRegion(model, sigmas, extra_args).unframed(framed)
-    if adapters.is_shared(drm) and not has_mask:
-        denoise = reused = reuse.Reuse(scorer.tokens, model.inner_model, denoise)
-    return denoise, reimpose, reused
+def _kept_region(
+    model: comfy.samplers.KSamplerX0Inpaint, sigmas: Tensor, extra_args: dict, settings: Branching
+) -> KeptRegion | None:
+    """The mask's kept region, where injected noise may stray from it."""
+    strays = _has_mask(extra_args) and not settings.chosen().is_quiet()
+    return KeptRegion(model, sigmas, extra_args) if strays else None
+
+
+def _has_mask(extra_args: dict) -> bool:
+    return extra_args.get("denoise_mask") is not None
 
 
 def _spent_on_trunk(

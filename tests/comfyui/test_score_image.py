@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.comfyui.graphs import node
-from tests.tiny_clip import own_similarity, write_tiny_clip
+from tests.tiny_scorers import own_similarity, write_tiny_clip, write_tiny_image_reward
 
 PROMPT = "a red heart"
 
@@ -59,6 +59,18 @@ def test_scores_are_transformers_own(score, scorers):
     scores = torch.tensor(score(batch)[0])
     torch.testing.assert_close(scores, own_similarity(scorers / "tiny", PROMPT, as_pil(batch)))
     assert scores.std() > 1e-3
+
+
+def test_image_reward(score, scorers):
+    from drm.picture_scorers import load_picture_scorer
+
+    folder = write_tiny_image_reward(scorers / "ImageReward")
+    batch = images()
+    scores = score(batch, scorer="ImageReward")[0]
+    wanted = load_picture_scorer(folder)(PROMPT, as_pil(batch))
+    torch.testing.assert_close(torch.tensor(scores), wanted, rtol=1e-5, atol=1e-5)
+    assert wanted.std() > 1e-2
+    shutil.rmtree(folder)
 
 
 def test_ranks_best_sorted_and_index(score):
@@ -286,7 +298,7 @@ def test_through_the_server(server, base_dir, tmp_path):
         picture_graph("", scorer=options[0])
         | {"1": node("EmptyImage", width=32, height=32, batch_size=1, color=0)}
     )
-    assert "put a PickScore or CLIP model there" in missing.error
+    assert "put a PickScore, ImageReward or CLIP model there" in missing.error
 
     folder = write_tiny_clip(base_dir / "models" / "drm_scorers" / "tiny")
     assert server.object_info("DRMScoreImage")["input"]["required"]["scorer"][1]["options"] == ["tiny"]

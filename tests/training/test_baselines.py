@@ -6,7 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
-from tests.tiny_clip import own_similarity, write_tiny_clip
+from drm.picture_scorers import load_picture_scorer
+from tests.tiny_scorers import own_similarity, write_tiny_clip, write_tiny_image_reward
 from training.evaluation.baselines import BaselineError, fingerprint, load_baseline
 
 
@@ -26,6 +27,12 @@ def test_clip_folder_gives_its_own_similarity(folder, kind, prompt):
     scores = load_baseline(f"{kind}:{folder}")(prompt, pictures())
     assert scores == pytest.approx(own_similarity(folder, prompt, pictures()).tolist(), rel=1e-5)
     assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_image_reward_folder_gives_its_scores(tmp_path):
+    place = write_tiny_image_reward(tmp_path / "ImageReward")
+    scores = load_baseline(f"imagereward:{place}")("a red heart", pictures())
+    assert scores == load_picture_scorer(place)("a red heart", pictures()).tolist()
 
 
 def test_function_of_ones_own(tmp_path, monkeypatch):

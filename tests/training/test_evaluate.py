@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from drm import load_drm, save_drm
 from tests.tiny import tiny_drm
-from tests.tiny_clip import write_tiny_clip
+from tests.tiny_scorers import write_tiny_clip
 from tests.training.evaluation import write_config, write_drm, write_test_sets
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
 from training import evaluate

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from drm import DRM, save_drm
 from drm.backbone import TruncatedSD3
 from tests.tiny import tiny_drm
-from tests.tiny_clip import write_tiny_clip
+from tests.tiny_scorers import write_tiny_clip
 from tests.training.evaluation import fails, write_config, write_drm, write_test_sets
 from tests.training.sd3_folder import CLIP_WIDTHS, T5_WIDTH, build_pipeline
 from training.evaluate import main

@@ -2,9 +2,8 @@
 
     score(prompt: str, pictures: list[PIL.Image.Image]) -> list[float]            one each, higher is better
 
-    clip:FOLDER         a transformers CLIP model with its processor:   exp(logit_scale) * cos(image, text)
-    pickscore:FOLDER    the same formula (PickScore is a CLIP ViT-H/14; Kirstain et al. 2023)
-    module:function     anyone's own function of that form, imported by name
+    clip:FOLDER, pickscore:FOLDER, imagereward:FOLDER    what lies in the folder, see drm/picture_scorers
+    module:function                                      anyone's own function of that form, imported by name
 
 Everything is read from local folders; nothing is downloaded, unpickled or run from a model folder. HPSv3,
 from its own package and a local file, would be a module of five lines in the folder the command is run from:
@@ -29,10 +28,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from drm.clip_scorer import folder_facts, load_clip_scorer
+from drm.picture_scorers import folder_facts, load_picture_scorer
 
 Score = Callable[[str, list[Image.Image]], list[float]]
-CLIP_KINDS = ("clip", "pickscore")
+FOLDER_KINDS = ("clip", "pickscore", "imagereward")
 
 
 class BaselineError(ValueError):
@@ -44,15 +43,15 @@ def load_baseline(spec: str, device: str = "cpu") -> Score:
     kind, _, place = spec.partition(":")
     if not kind or not place:
         raise BaselineError(
-            f"{spec!r} names no scorer: write clip:FOLDER, pickscore:FOLDER or module:function"
+            f"{spec!r} names no scorer: write {':FOLDER, '.join(FOLDER_KINDS)}:FOLDER or module:function"
         )
-    return clip_scorer(place, device) if kind in CLIP_KINDS else _imported(kind, place)
+    return folder_scorer(place, device) if kind in FOLDER_KINDS else _imported(kind, place)
 
 
-def clip_scorer(folder: str | Path, device: str = "cpu") -> Score:
-    """A folder's drm.clip_scorer, on the device."""
+def folder_scorer(folder: str | Path, device: str = "cpu") -> Score:
+    """The scorer of a folder, on the device."""
     try:
-        scorer = load_clip_scorer(folder).to(device)
+        scorer = load_picture_scorer(folder).to(device)
     except ValueError as error:
         raise BaselineError(str(error)) from error
     return lambda prompt, pictures: scorer(prompt, pictures).tolist()
@@ -77,7 +76,7 @@ def fingerprint(spec: str) -> str:
     under it are then taken anew.
     """
     kind, _, place = spec.partition(":")
-    if kind in CLIP_KINDS:
+    if kind in FOLDER_KINDS:
         facts = folder_facts(place)
     else:
         facts = _source(kind)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from drm.clip_scorer import folder_facts, load_clip_scorer
-from tests.tiny_clip import own_similarity, write_tiny_clip
+from drm.picture_scorers import folder_facts, load_picture_scorer
+from tests.tiny_scorers import own_similarity, write_tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,14 @@ def pictures():
 
 @pytest.mark.parametrize("prompt", ["a red heart", "a cat and a dog " * 20])
 def test_the_folder_gives_its_own_similarity(folder, prompt):
-    scores = load_clip_scorer(folder)(prompt, pictures())
+    scores = load_picture_scorer(folder)(prompt, pictures())
     torch.testing.assert_close(scores, own_similarity(folder, prompt, pictures()), rtol=1e-5, atol=1e-5)
     assert scores.dtype == torch.float32
     assert abs(scores[0] - scores[1]) > 1e-3
 
 
 def test_scores_depend_on_the_prompt_and_not_on_company(folder):
-    scorer = load_clip_scorer(folder)
+    scorer = load_picture_scorer(folder)
     both = scorer("a red heart", pictures())
     torch.testing.assert_close(scorer("a red heart", pictures()[1:]), both[1:], rtol=1e-5, atol=0)
     assert not torch.allclose(scorer("blue sun", pictures()), both, rtol=1e-3)
@@ -48,7 +48,7 @@ def test_weights_in_half_precision_are_computed_in_float32(copy):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"dtype": "float16", "torch_dtype": "float16"}))
-    scorer = load_clip_scorer(copy)
+    scorer = load_picture_scorer(copy)
     assert {parameter.dtype for parameter in scorer.parameters()} == {torch.float32}
     wanted = own_similarity(copy, "a red heart", pictures())
     torch.testing.assert_close(scorer("a red heart", pictures()), wanted, rtol=1e-5, atol=1e-5)
@@ -57,17 +57,17 @@ def test_weights_in_half_precision_are_computed_in_float32(copy):
 def test_a_folder_without_a_configuration(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"holds no config\.json: give the folder"):
-            load_clip_scorer(path)
+            load_picture_scorer(path)
 
 
 def test_another_type_of_model(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
     with pytest.raises(ValueError, match="of type 'qwen2_vl': wanted 'clip'"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_small_files_that_are_missing(copy, names, wanted):
     for name in names:
         (copy / name).unlink(missing_ok=True)
     with pytest.raises(ValueError, match=f"{wanted}.*laion/CLIP-ViT-H-14"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
 
 
 class Harmful:
@@ -97,14 +97,14 @@ class Harmful:
 def test_a_pickle_is_not_opened(copy, tmp_path):
     (copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no weights and no \.safetensors"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful(tmp_path / "opened")))
     with pytest.raises(ValueError, match=r"holds pytorch_model\.bin and no \.safetensors.*download"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
     # Nor where a .safetensors of another name lies beside it.
     save_file({"a": torch.zeros(1)}, copy / "other.safetensors")
     with pytest.raises(ValueError, match="cannot load a CLIP model from"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
     assert not (tmp_path / "opened").exists()
 
 
@@ -115,7 +115,7 @@ def test_code_in_the_folder_is_not_run(copy, tmp_path):
             auto = dict.fromkeys(("AutoModel", "AutoConfig", "AutoProcessor", "AutoTokenizer"), "own.Own")
             facts = json.loads((copy / name).read_text())
             (copy / name).write_text(json.dumps(facts | {"auto_map": auto}))
-    assert load_clip_scorer(copy)("a red heart", pictures()).isfinite().all()
+    assert load_picture_scorer(copy)("a red heart", pictures()).isfinite().all()
     assert not (tmp_path / "opened").exists()
 
 
@@ -123,12 +123,12 @@ def test_damaged_and_incomplete_weights(folder, copy):
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="cannot load a CLIP model from"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack visual_projection\.weight"):
-        load_clip_scorer(copy)
+        load_picture_scorer(copy)
 
 
 def test_facts_follow_the_files(copy):

@@ -6,7 +6,6 @@ CLIP itself (Radford et al. 2021) and models of its form that learned what peopl
 (a CLIP ViT-H/14; Kirstain et al. 2023). Nothing is downloaded, unpickled or run from the folder.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .text_files import read_text
+from .files import PICKLES, file_names, first_line, json_field
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class CLIPScorer(nn.Module):
@@ -59,7 +56,7 @@ def load_clip_scorer(folder: str | Path) -> CLIPScorer:
         )
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, and all mean the folder is not usable
-        raise ValueError(f"cannot load a CLIP model from {folder}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load a CLIP model from {folder}: {first_line(error)}") from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
         raise ValueError(
@@ -70,10 +67,10 @@ def load_clip_scorer(folder: str | Path) -> CLIPScorer:
 
 def _check_files(folder: Path) -> None:
     """Raises ValueError for a folder that lacks a file, before transformers looks for it elsewhere."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = file_names(folder)
     if "config.json" not in names:
         raise ValueError(f"{folder} holds no config.json: give the folder of a downloaded CLIP model")
-    kind = _json_field(folder / "config.json", "model_type")
+    kind = json_field(folder / "config.json", "model_type")
     if kind != "clip":
         raise ValueError(
             f"{folder} holds a model of type {kind!r}: wanted 'clip', the type of CLIP and PickScore"
@@ -88,25 +85,8 @@ def _check_files(folder: Path) -> None:
                 " weights (PickScore's are those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K)"
             )
     if not any(name.endswith(".safetensors") for name in names):
-        other = sorted(name for name in names if name.endswith(_PICKLES))
+        other = sorted(name for name in names if name.endswith(PICKLES))
         raise ValueError(
             f"{folder} holds {other[0] if other else 'no weights'} and no .safetensors, the only format that"
             " is opened, since others can run code: download model.safetensors from the model's page"
         )
-
-
-def folder_facts(folder: str | Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of the folder's files: changes when they do, and opens none."""
-    files = sorted(path for path in Path(folder).glob("*") if path.is_file())
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-
-
-def _json_field(path: Path, name: str) -> object:
-    try:
-        return json.loads(read_text(path)).get(name)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSON: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
