@@ -100,7 +100,7 @@ def test_the_score_is_the_papers(folder, size):
     assert abs(scores[0] - scores[1]) > 1e-2
 
 
-def test_unknown_words_and_long_prompts(folder):
+def test_long_prompts_are_cut_to_35_tokens(folder):
     scorer = load_picture_scorer(folder)
     picture = sized(32, 32)[0]
     words = ["[CLS]", *["cat", "##s"] * 16, "cat", "[SEP]"]
