@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 import urllib.error
 
 import pytest
@@ -170,7 +169,7 @@ def test_graphs_are_offered_as_templates(server):
 
 
 STARTUP = """
-import asyncio, builtins, importlib.util, json, sys, time
+import asyncio, builtins, importlib.util, json, sys
 comfyui, root = sys.argv[1:]
 sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, comfyui)
@@ -185,7 +184,6 @@ before = set(sys.modules)
 for name in list(sys.modules):
     if name.partition(".")[0] in ("transformers", "diffusers", "tokenizers"):
         sys.modules[name] = None
-started = time.process_time()
 entry = root + "/__init__.py"
 spec = importlib.util.spec_from_file_location("pack", entry, submodule_search_locations=[root])
 pack = importlib.util.module_from_spec(spec)
@@ -193,9 +191,8 @@ sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
 extension = loop.run_until_complete(pack.comfy_entrypoint())
 count = len(loop.run_until_complete(extension.get_node_list()))
-seconds = time.process_time() - started
 new = sorted(name for name in set(sys.modules) - before if sys.modules[name] is not None)
-print("RESULT" + json.dumps({"count": count, "seconds": seconds, "new": new}))
+print("RESULT" + json.dumps({"count": count, "new": new}))
 """
 
 
@@ -224,17 +221,11 @@ def test_start_up_leaves_the_core_for_later(startup):
     assert not core & {"model", "backbone", "prepared", "scoring", "stepwise", "search", "branching_triton"}
 
 
-def test_start_up_is_quick(startup):
-    assert startup["seconds"] < 0.5
-
-
 def test_root_imports_outside_comfyui(tmp_path):
     code = "import importlib.util as u, sys; s = u.spec_from_file_location('p', sys.argv[1]);"
     code += (
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.WEB_DIRECTORY, 'torch' in sys.modules)"
     )
-    started = time.perf_counter()
     command = [sys.executable, "-c", code, str(ROOT / "__init__.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["./web", "False"], done.stderr
-    assert time.perf_counter() - started < 10
